@@ -1,0 +1,204 @@
+"""Does a result agree with the truth? Two questions: is it the same function, and how precise is it.
+
+1. The same function? Candidate and truth are both float64; any difference beyond rounding is an error of logic.
+2. How precise? The candidate in the run's dtype is held against the float64 truth t, beside the yardstick y: the
+   reference in that same dtype, with unit roundoff u. Per sample i and parameter p,
+
+       stage 1:  ‖g−t‖(i,p) ≤ c · base(i,p),   base = max(‖y−t‖(i,p), u·‖t(i,p)‖, u/16·‖t(i)‖)
+       stage 2:  ‖g−t‖(i,p) ≤ c · max(base, cloud)(i,p),   for the few samples that fail stage 1
+
+   `cloud` is the largest distance from the truth of K reference runs at inputs and parameters moved by a few
+   roundings. Near a kink (ReLU, max-pool) it is large, and a result that lands on the other side is right: such a
+   sample is ill-conditioned. More than max(4, N/8) of them are a disagreement.
+
+Nothing here knows backends or YAML: results and truths are tensors, the cloud is a function that draws.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+
+from backends.registry import Registry
+
+Rows: TypeAlias = dict[str, Tensor]
+"""A result as {name: [R, ...]}: R is N where the result has samples, else 1."""
+
+Draw: TypeAlias = Callable[[int, float, Tensor], Rows]
+"""(k, relative size of the perturbation, rows wanted) -> the reference's rows for them at perturbed inputs."""
+
+SIZES = (1.0, 2.0, 4.0, 8.0, 16.0)  # perturbations in roundings; wider than one, since one alone gave false alarms
+FLOAT64_SLACK = (
+    2.0**20
+)  # roundings that an ill-conditioned but right float64 gradient may lose; logic errors are larger
+OUTLIER = 64.0  # times the typical sample's error: far above scatter, far below what a kink does
+CHUNK = 2**20  # numbers held in float64 at a time while two results are compared
+TINY = torch.finfo(torch.float64).tiny  # 0 / TINY is 0: no error where none is allowed is agreement
+PER_SAMPLE = ("grads", "norms", "gram")  # quantities whose first axis is the sample
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What was found.
+
+    Attributes:
+        agrees: The answer.
+        question: What decided: "same function", "precision" or "allclose".
+        error: The largest relative error ‖g−t‖(i,p) / ‖t(i)‖ over samples and parameters.
+        excess: The largest error in units of what is allowed; above 1 only where the result disagrees.
+        parameter: The parameter with the largest excess.
+        sample: Its sample, or None where the quantity has no samples.
+        ill_conditioned: Samples that only the cloud excuses, or that the reference is as far off on.
+    """
+
+    agrees: bool
+    question: str
+    error: float
+    excess: float
+    parameter: str
+    sample: int | None
+    ill_conditioned: tuple[int, ...] = ()
+
+
+def as_rows(result: Tensor | Mapping[str, Tensor], quantity: str) -> Rows:
+    """Return a result of any quantity as rows: samples where it has them, else one row."""
+    named = {quantity: result} if isinstance(result, Tensor) else dict(result)
+    return named if quantity in PER_SAMPLE else {name: t[None] for name, t in named.items()}
+
+
+RULES: Registry[type["Rule"]] = Registry("agreement rule")
+
+
+@dataclass(frozen=True)
+class Rule(ABC):
+    """A rule that says whether a result agrees; its fields are its options."""
+
+    same_function: ClassVar[bool] = True  # whether question 1 is asked too
+
+    @abstractmethod
+    def judge(self, result: Rows, truth: Rows, yardstick: Rows, draw: Draw, *, per_sample: bool) -> Agreement:
+        """Hold a result in the run's dtype against the float64 truth and the reference in the run's dtype."""
+
+
+@RULES.register("calibrated")
+@dataclass(frozen=True)
+class Calibrated(Rule):
+    """The two questions above.
+
+    Options:
+        factor: c, how much farther than the yardstick a result may be from the truth.
+        draws: K, how many perturbed reference runs make the cloud.
+    """
+
+    factor: float = 4.0
+    draws: int = 20
+
+    def judge(self, result: Rows, truth: Rows, yardstick: Rows, draw: Draw, *, per_sample: bool) -> Agreement:
+        """Answer question 2: is the result as near the float64 truth as its dtype allows?"""
+        u = unit_roundoff(yardstick)
+        size = norms(truth)
+        base = torch.maximum(_distance(yardstick, truth), u * torch.maximum(size, _over_parameters(size) / 16))
+        found = self._judge("precision", result, truth, base, draw, u, per_sample)
+        if not (found.agrees and per_sample):
+            return found
+        return replace(found, ill_conditioned=tuple(sorted({*found.ill_conditioned, *_outliers(base, truth, u)})))
+
+    def is_same_function(self, result: Rows, truth: Rows, draw: Draw, *, per_sample: bool) -> Agreement:
+        """Answer question 1: do two float64 results differ by no more than float64 rounding?"""
+        u = unit_roundoff(truth)
+        size = norms(truth)
+        base = FLOAT64_SLACK * u * torch.maximum(size, _over_parameters(size) / 16)
+        return self._judge("same function", result, truth, base, draw, u, per_sample)
+
+    def _judge(
+        self, question: str, result: Rows, truth: Rows, base: Tensor, draw: Draw, u: float, per_sample: bool
+    ) -> Agreement:
+        error = _distance(result, truth)
+        excess = error / (self.factor * base).clamp_min(TINY)
+        failing = (~(excess <= 1)).any(1).nonzero().flatten()  # NaN fails
+        if not len(failing) or len(failing) > max(4, len(base) / 8):
+            return _answer(question, excess, error, truth, (), per_sample)
+        some = {name: t[failing] for name, t in truth.items()}
+        allowed = base[failing]
+        for k in range(self.draws):
+            allowed = torch.maximum(allowed, _distance(draw(k, SIZES[k % len(SIZES)] * u, failing), some))
+        excess[failing] = error[failing] / (self.factor * allowed).clamp_min(TINY)
+        excused = tuple(int(i) for i in failing if excess[i].max() <= 1)
+        return _answer(question, excess, error, truth, excused if per_sample else (), per_sample)
+
+
+@RULES.register("allclose")
+@dataclass(frozen=True)
+class AllClose(Rule):
+    """The tutorial's rule, |g − y| ≤ atol + rtol·|y| for every number; y is the reference in the run's dtype.
+
+    Options:
+        atol: Absolute tolerance.
+        rtol: Relative tolerance.
+    """
+
+    same_function: ClassVar[bool] = False
+
+    atol: float = 3e-3
+    rtol: float = 1e-5
+
+    def judge(self, result: Rows, truth: Rows, yardstick: Rows, draw: Draw, *, per_sample: bool) -> Agreement:
+        """Compare every number with the yardstick's; see `torch.allclose`."""
+        y = {name: t.double() for name, t in yardstick.items()}
+        gaps = {name: (result[name].double() - t).abs() / (self.atol + self.rtol * t.abs()) for name, t in y.items()}
+        excess = torch.stack([gap.flatten(1).amax(1) for gap in gaps.values()], 1)
+        return _answer("allclose", excess, _distance(result, truth), truth, (), per_sample)
+
+
+def _outliers(base: Tensor, truth: Rows, u: float) -> list[int]:
+    """Return the samples that the yardstick itself is far off on, in roundings, compared with the typical sample."""
+    size = norms(truth)
+    roundings = (base / (u * torch.maximum(size, _over_parameters(size) / 16)).clamp_min(TINY)).amax(1)
+    return [int(i) for i in (roundings > OUTLIER * roundings.median()).nonzero().flatten()]
+
+
+def unit_roundoff(rows: Rows) -> float:
+    """Return u of the rows' dtype: half the gap between 1 and the next number."""
+    return torch.finfo(next(iter(rows.values())).dtype).eps / 2
+
+
+def _answer(
+    question: str, excess: Tensor, error: Tensor, truth: Rows, excused: tuple[int, ...], per_sample: bool
+) -> Agreement:
+    """Return the answer from error and excess [R, P]; a NaN in the excess is a disagreement."""
+    row, column = divmod(int(excess.nan_to_num(nan=torch.inf).argmax()), excess.shape[1])
+    relative = error / _over_parameters(norms(truth)).clamp_min(TINY)
+    return Agreement(
+        agrees=bool((excess <= 1).all()),
+        question=question,
+        error=float(relative.max()),
+        excess=float(excess[row, column]),
+        parameter=list(truth)[column],
+        sample=row if per_sample else None,
+        ill_conditioned=excused,
+    )
+
+
+def norms(rows: Rows) -> Tensor:
+    """Return ‖t(i,p)‖ [R, P] in float64; it is finite just where all numbers of the row are."""
+    return torch.stack([torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=torch.float64) for t in rows.values()], 1)
+
+
+def _distance(result: Rows, truth: Rows) -> Tensor:
+    """Return ‖g−t‖(i,p) [R, P] in float64, a few rows at a time: fresh memory costs more than the arithmetic."""
+    columns = []
+    for name, t in truth.items():
+        g, t = result[name].flatten(1), t.flatten(1)
+        step = max(1, CHUNK // max(1, t.shape[1]))
+        parts = zip(g.split(step), t.split(step), strict=True)
+        columns.append(torch.cat([torch.linalg.vector_norm(a.double() - b.double(), dim=1) for a, b in parts]))
+    return torch.stack(columns, 1)
+
+
+def _over_parameters(norms: Tensor) -> Tensor:
+    """Return ‖t(i)‖ [R, 1] of ‖t(i,p)‖ [R, P]."""
+    over: Tensor = torch.linalg.vector_norm(norms, dim=1, keepdim=True)
+    return over

@@ -1,0 +1,142 @@
+"""The Python API: compare backends on a model of your own."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backends import available
+from backends.base import BACKENDS, QUANTITIES, Backend, LossFn
+from backends.batch import Batch, size, take
+from backends.registry import UnknownName, check_options, unknown
+from testbed.agreement import RULES, Rule
+from testbed.cell import Cell
+from testbed.experiment import Choice, Experiment
+from testbed.problems import Problem, make_problem
+from testbed.records import Record
+from testbed.report import Report
+from testbed.runner import Emit, Progress, Settings, run
+
+Chosen = str | Mapping[str, Mapping[str, Any]]
+"""A name, or {name: {option: value}}, as in YAML."""
+
+
+def compare(
+    model: nn.Module,
+    loss_fn: LossFn,
+    inputs: Batch,
+    targets: Tensor,
+    backends: Sequence[Chosen] | None = None,
+    quantities: Sequence[Chosen] = ("grads",),
+    *,
+    fresh: tuple[Batch, Tensor] | None = None,
+    baseline: str | None = None,
+    agreement: Chosen = "calibrated",
+    rounds: int = 10,
+    max_s: float = 20.0,
+    warmup: int = 1,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Report:
+    """Check backends against each other on your model, and time them.
+
+    Args:
+        model: Your model, on the device and in the dtype to compare in; it is left as it is.
+        loss_fn: (outputs, targets) -> losses [N], one loss a sample: `reduction='none'`.
+        inputs: A tensor [N, ...], or a tuple or dict of them.
+        targets: [N, ...].
+        backends: Names, or {name: {option: value}}; all if None.
+        quantities: Of "grads", "norms", "clipped_sum", "variance", "gram"; {"clipped_sum": {"max_norm": 0.5}} too.
+        fresh: A second batch for the check after timing; the same one in reverse order if None.
+        baseline: The backend that times are divided by; the reference if None.
+        agreement: The rule: "calibrated", or {"allclose": {"atol": …, "rtol": …}}.
+        rounds: Timing rounds at most.
+        max_s: Seconds for the rounds of a quantity.
+        warmup: Untimed calls after the first one.
+        seed: Seeds the order within rounds.
+        progress: Hears what is going on.
+
+    Returns:
+        A report that prints as a table, shows as HTML in a notebook, and holds the records.
+
+    Raises:
+        UnknownName: Of a backend, quantity or rule.
+        BadOption: Of one of them.
+        ValueError: Inputs and targets are no batch.
+    """
+    if size(inputs) != size(targets):
+        raise ValueError(f"inputs hold {size(inputs)} samples, targets {size(targets)}")
+    backwards = torch.arange(size(inputs) - 1, -1, -1)
+    fresh_inputs, fresh_targets = fresh or (take(inputs, backwards), take(targets, backwards))
+    problem = Problem(model, loss_fn, inputs, targets, fresh_inputs, fresh_targets)
+    chosen = [Choice.model_validate(b) for b in backends] if backends else [Choice(name=name) for name in available()]
+    wanted = [Choice.model_validate(q) for q in quantities]
+    about = {
+        "model": type(model).__name__,
+        "loss": getattr(loss_fn, "__name__", type(loss_fn).__name__),
+        "batch_size": problem.n,
+        "dtype": str(problem.dtype).removeprefix("torch."),
+        "device": str(problem.device),
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+    settings = Settings("compare", rule(Choice.model_validate(agreement)), rounds, max_s, warmup, baseline, seed)
+    records: list[Record] = []
+    run(problem, about, cells(chosen, wanted), settings, lambda record, _: records.append(record), progress)
+    return Report(records)
+
+
+def run_experiment(
+    experiment: Experiment, name: str, device: torch.device, emit: Emit, progress: Progress | None = None
+) -> None:
+    """Run an experiment; each record is given to `emit` the moment its cell ends.
+
+    Raises:
+        ProblemError: The problem cannot be made.
+        KeyboardInterrupt: Again, after what was measured so far has been emitted.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = experiment.tf32
+    e = experiment
+    problem = make_problem(
+        e.model.name,
+        e.data.name,
+        e.loss.name,
+        model_options=e.model.options,
+        data_options=e.data.options,
+        loss_options=e.loss.options,
+        batch_size=e.batch_size,
+        seed=e.seed,
+        train_steps=e.train_steps,
+        dtype=getattr(torch, e.dtype),
+        device=device,
+    )
+    about = {
+        "model": str(e.model),
+        "data": str(e.data),
+        "loss": str(e.loss),
+        "batch_size": e.batch_size,
+        "seed": e.seed,
+        "train_steps": e.train_steps,
+        "dtype": e.dtype,
+        "device": str(device),
+        "tf32": e.tf32,
+        "parameters": sum(p.numel() for p in problem.model.parameters() if p.requires_grad),
+    }
+    settings = Settings(name, rule(e.agreement), **e.timing.model_dump(), baseline=e.resolved_baseline(), seed=e.seed)
+    run(problem, about, cells(e.resolved_backends(), e.quantities), settings, emit, progress)
+
+
+def cells(backends: Sequence[Choice], quantities: Sequence[Choice]) -> list[Cell]:
+    """Return the cells of backends × quantities, names and options checked."""
+    for choice in backends:
+        BACKENDS.check(choice.name, choice.options)
+    for choice in quantities:
+        if choice.name not in QUANTITIES:
+            raise UnknownName(unknown("quantity", choice.name, QUANTITIES))
+        check_options("quantity", choice.name, getattr(Backend, choice.name), choice.options)
+    return [Cell(b.name, q.name, b.options, q.options) for q in quantities for b in backends]
+
+
+def rule(choice: Choice) -> Rule:
+    """Return the agreement rule of a name and options."""
+    return RULES[choice.name](**RULES.check(choice.name, choice.options))

@@ -1,0 +1,56 @@
+"""A cell: problem × backend(options) × quantity(options), as plain data."""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from backends import backend_class
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What to run: names and options, nothing that lives.
+
+    Attributes:
+        backend: The backend's name.
+        quantity: The quantity's name.
+        options: The backend's options, where they are set.
+        quantity_options: The quantity's options, where they are set.
+    """
+
+    backend: str
+    quantity: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    quantity_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The backend with its options, unique among the cells of one quantity."""
+        inside = ", ".join(f"{key}={value}" for key, value in self.options.items())
+        return f"{self.backend}({inside})" if inside else self.backend
+
+
+def source_hash(backend: str) -> str:
+    """Return a hash of the file that the backend's class stands in."""
+    file = inspect.getsourcefile(backend_class(backend))
+    return hashlib.sha256(Path(file or "").read_bytes()).hexdigest()[:16] if file else "unknown"
+
+
+def identity(
+    cell: Cell, problem: Mapping[str, Any], settings: Mapping[str, Any], environment: Mapping[str, Any]
+) -> str:
+    """Return the cell's identity: a hash of everything that could change its numbers."""
+    everything = [
+        cell.backend,
+        dict(cell.options),
+        cell.quantity,
+        dict(cell.quantity_options),
+        problem,
+        settings,
+        {key: value for key, value in environment.items() if key != "clocks"},
+    ]
+    return hashlib.sha256(json.dumps(everything, sort_keys=True, default=str).encode()).hexdigest()[:16]

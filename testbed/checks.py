@@ -1,0 +1,107 @@
+"""Has the problem per-sample gradients at all? Asked once, before any backend is.
+
+A loss a sample, nothing that couples samples, nothing random: otherwise the *problem* is refused, naming the module.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from backends.base import Unsupported, describe, first_line, kept_buffers, own_copy
+from backends.batch import Batch, call, take
+from testbed.problems.base import Problem
+
+TOLERANCE = 1e-9  # float64 kernels may sum a batch of another length in another order; coupling is far above it
+
+
+def refuse_without_gradients(problem: Problem) -> None:
+    """Refuse a problem whose samples have no gradients of their own.
+
+    Raises:
+        Unsupported: The loss is not one number a sample, samples are coupled, or the model is random.
+    """
+    own_copy(problem.model)  # refuses what cannot be copied, and BatchNorm in training mode with its name
+    wide = problem.to(torch.float64)
+    model = own_copy(wide.model)
+    trace = _Trace(model)
+    losses = _losses(wide, model, wide.inputs, wide.targets)
+    n = wide.n
+    if losses.shape != (n,):
+        raise Unsupported(
+            f"the loss returned shape {list(losses.shape)} for {n} samples, it must be [{n}]: one loss a sample; "
+            "use reduction='none'"
+        )
+    outputs = trace.take()
+    _refuse_random(wide, model, losses, outputs, trace)
+    if n > 1:
+        _refuse_coupled(wide, model, losses, outputs, trace)
+
+
+def _refuse_random(wide: Problem, model: nn.Module, losses: Tensor, outputs: "Outputs", trace: "_Trace") -> None:
+    again = _losses(wide, model, wide.inputs, wide.targets, seed=1)
+    if _differs(losses, again):
+        where = trace.first_difference(outputs, trace.take(), _differs) or "the model or its loss"
+        raise Unsupported(f"{where} is random: two forward passes under different seeds differ; use eval()")
+    trace.take()
+
+
+def _refuse_coupled(wide: Problem, model: nn.Module, losses: Tensor, outputs: "Outputs", trace: "_Trace") -> None:
+    """Repeat sample i over the whole batch: everybody else changes, the loss of i may not."""
+    for i in {0, wide.n - 1}:
+        index = torch.full((wide.n,), i, device=wide.device)
+        alone = _losses(wide, model, take(wide.inputs, index), take(wide.targets, index))
+        found = trace.take()
+        if _differs(losses[i], alone[i]):
+
+            def differs(a: Tensor, b: Tensor, i: int = i) -> bool:
+                same_form = a.shape == b.shape and a.dim() > 0 and a.shape[0] == wide.n
+                return same_form and _differs(a[i], b[i])
+
+            where = trace.first_difference(outputs, found, differs) or "the loss, or a function outside any module,"
+            raise Unsupported(
+                f"{where} mixes the samples of a batch: with the other samples changed, the loss of sample {i} changes "
+                f"from {float(losses[i]):.6g} to {float(alone[i]):.6g}; no sample has a gradient of its own"
+            )
+
+
+def _losses(wide: Problem, model: nn.Module, inputs: Batch, targets: Tensor, seed: int = 0) -> Tensor:
+    devices = [wide.device] if wide.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad(), kept_buffers(model):
+        torch.manual_seed(seed)
+        try:
+            return wide.loss_fn(call(model, inputs), targets)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise Unsupported(f"model, loss and batch do not fit together: {first_line(error)}") from error
+
+
+def _differs(a: Tensor, b: Tensor) -> bool:
+    return a.shape != b.shape or not torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
+
+
+Outputs = list[tuple[str, Tensor]]
+
+
+class _Trace:
+    """Keeps what each module without children returned, in the order they ran."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.outputs: Outputs = []
+        for path, module in model.named_modules():
+            if not any(True for _ in module.children()):
+                module.register_forward_hook(self._keep(describe(path, module)))
+
+    def _keep(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: object, output: object) -> None:
+            if isinstance(output, Tensor):
+                self.outputs.append((name, output.detach().clone()))
+
+        return hook
+
+    def take(self) -> Outputs:
+        found, self.outputs = self.outputs, []
+        return found
+
+    @staticmethod
+    def first_difference(before: Outputs, after: Outputs, differs: Callable[[Tensor, Tensor], bool]) -> str | None:
+        return next((name for (name, a), (_, b) in zip(before, after, strict=False) if differs(a, b)), None)

@@ -1,0 +1,87 @@
+"""What a number depends on beside the code: machine, versions, settings, commit."""
+
+import os
+import platform
+import subprocess
+import sys
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LIBRARIES = ("torch", "torchvision", "numpy", "opacus", "backpack-for-pytorch", "pydantic", "scikit-learn", "triton")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return the environment of a run on a device, as plain data."""
+    cudnn = torch.backends.cudnn
+    found: dict[str, Any] = {
+        **_fixed(),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "cudnn": {"allow_tf32": cudnn.allow_tf32, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic},
+        "allocator": os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or "default",
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found["gpu"] = {
+            "name": properties.name,
+            "memory_bytes": properties.total_memory,
+            "capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda,
+            "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "clocks": _run("nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm", "--format=csv,noheader"),
+        }
+    return found
+
+
+def device_name(environment: dict[str, Any]) -> str:
+    """Return the device in words: the GPU, or the processor and its threads."""
+    if gpu := environment.get("gpu"):
+        return f"{gpu['name']} (CUDA {gpu['cuda']}, driver {gpu['driver']})"
+    return f"{environment['processor']}, {environment['threads']} threads"
+
+
+@cache
+def _fixed() -> dict[str, Any]:
+    """Return what does not change while the process lives."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "versions": {name: found for name in LIBRARIES if (found := _version(name))},
+        "commit": _run("git", "rev-parse", "HEAD"),
+        "dirty": bool(_run("git", "status", "--porcelain")),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    """Return the processor's name, with fewer words where the system does not tell."""
+    info = Path("/proc/cpuinfo")
+    if sys.platform == "linux" and info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _run(*command: str) -> str | None:
+    """Return what a command prints, run where this file is; None where it cannot be run."""
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,61 @@
+"""Peak memory of one call, in a pass of its own."""
+
+import ctypes
+import gc
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from testbed.timing import synchronise
+
+
+def peak(function: Callable[[], object], device: torch.device) -> dict[str, Any]:
+    """Run a function once and return how much memory it took beyond what was held before, as plain data.
+
+    Returns:
+        On CUDA `allocated_bytes` and `reserved_bytes`, the allocator's peaks above what was allocated before. On a CPU
+        `resident_bytes`, growth of the resident set to its peak (Linux). `peak_bytes` is the one to quote, None where
+        it cannot be measured.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        synchronise(device)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated(device)
+        reserved = torch.cuda.memory_reserved(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        synchronise(device)
+        allocated = torch.cuda.max_memory_allocated(device) - before
+        reserved = torch.cuda.max_memory_reserved(device) - reserved
+        return {"peak_bytes": allocated, "allocated_bytes": allocated, "reserved_bytes": reserved}
+    if sys.platform != "linux":
+        return {"peak_bytes": None}  # only Linux can reset the high-water mark
+    _give_back()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark of the resident set
+    except OSError:
+        return {"peak_bytes": None}  # a container may forbid it
+    start = _status("VmRSS")
+    function()
+    grown = max(0, _status("VmHWM") - start)
+    return {"peak_bytes": grown, "resident_bytes": grown}
+
+
+def _give_back() -> None:
+    """Let the allocator return freed memory, so that the next call's pages count as growth."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):
+        return  # not glibc: freed memory that stays resident makes the growth look smaller
+
+
+def _status(key: str) -> int:
+    """Return one figure of /proc/self/status in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {key}")

@@ -1,0 +1,176 @@
+"""What a problem is, and how one is made from names and options."""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from backends.base import LossFn
+from backends.batch import Batch, apply, call, cast, size
+from backends.registry import Registry
+
+
+class ProblemError(Exception):
+    """A problem that cannot be made, or has no per-sample gradient: one line that says why and what to do."""
+
+
+class Samples(NamedTuple):
+    """N samples of some data.
+
+    Attributes:
+        inputs: A tensor, or a tuple or dict of tensors, each [N, ...].
+        targets: [N, ...].
+        outputs: How many numbers a model returns for a sample: classes, or dimensions of a regression.
+    """
+
+    inputs: Batch
+    targets: Tensor
+    outputs: int
+
+
+ModelFactory: TypeAlias = Callable[..., nn.Module]
+"""(example: Samples, *, options) -> model, with random weights from torch's global generator, which is seeded."""
+
+DataFactory: TypeAlias = Callable[..., Samples]
+"""(n: int, *, options) -> n samples, drawn with torch's global generator, which is seeded."""
+
+MODELS: Registry[ModelFactory] = Registry("model")
+DATA: Registry[DataFactory] = Registry("data")
+LOSSES: Registry[Callable[..., Tensor]] = Registry("loss")
+
+register_model = MODELS.register
+register_data = DATA.register
+register_loss = LOSSES.register
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model, its loss, a batch, and a second batch that the first one says nothing about.
+
+    Attributes:
+        model: On the device and in the dtype that the problem is run in.
+        loss_fn: (outputs, targets) -> losses [N].
+        inputs: The batch, [N, ...].
+        targets: Its targets, [N, ...].
+        fresh_inputs: A batch of the same form, for the check after timing.
+        fresh_targets: Its targets.
+    """
+
+    model: nn.Module
+    loss_fn: LossFn
+    inputs: Batch
+    targets: Tensor
+    fresh_inputs: Batch
+    fresh_targets: Tensor
+
+    @property
+    def n(self) -> int:
+        """The number of samples N."""
+        return size(self.inputs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the model's floating-point parameters."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    def to(self, dtype: torch.dtype) -> "Problem":
+        """Return the same problem in another floating-point dtype: model, loss and both batches."""
+        return replace(
+            self,
+            model=copy.deepcopy(self.model).to(dtype=dtype),
+            loss_fn=_convert_loss(self.loss_fn, dtype),
+            inputs=cast(self.inputs, dtype),
+            targets=cast(self.targets, dtype),
+            fresh_inputs=cast(self.fresh_inputs, dtype),
+            fresh_targets=cast(self.fresh_targets, dtype),
+        )
+
+
+def _convert_loss(loss_fn: LossFn, dtype: torch.dtype) -> LossFn:
+    """Return the loss with the tensors it holds (class weights, say) in `dtype`: a module, or a partial's keywords."""
+    if isinstance(loss_fn, nn.Module):
+        return copy.deepcopy(loss_fn).to(dtype=dtype)
+    if isinstance(loss_fn, partial):
+        held = {k: cast(v, dtype) if isinstance(v, Tensor) else v for k, v in loss_fn.keywords.items()}
+        return partial(_convert_loss(loss_fn.func, dtype), *loss_fn.args, **held)
+    return loss_fn
+
+
+def make_problem(
+    model: str,
+    data: str,
+    loss: str,
+    *,
+    model_options: Mapping[str, Any] | None = None,
+    data_options: Mapping[str, Any] | None = None,
+    loss_options: Mapping[str, Any] | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    train_steps: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Problem:
+    """Make a problem from registered names; the same arguments give the same problem, bit for bit on one machine.
+
+    Args:
+        model: A registered model.
+        data: Registered data.
+        loss: A registered loss.
+        model_options: The model's options.
+        data_options: The data's options.
+        loss_options: The loss's options.
+        batch_size: N.
+        seed: Seeds data and weights; the global random state is left as it was.
+        train_steps: Steps of Adam (learning rate 1e-3) on further samples, since random weights hide problems.
+        dtype: Of weights and floating-point inputs; they are made and trained in float32.
+        device: Where the problem is put; it is made on the CPU, so that every device gets the same one.
+
+    Raises:
+        UnknownName: Of a model, data or loss.
+        BadOption: Of one of them.
+        ProblemError: The data cannot be had, or model and data do not fit.
+    """
+    draw = partial(DATA[data], batch_size, **DATA.check(data, data_options or {}))
+    loss_fn: LossFn = LOSSES[loss]
+    if options := LOSSES.check(loss, loss_options or {}):
+        loss_fn = partial(loss_fn, **options)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # everything is made on the CPU
+        batch = draw()
+        network = MODELS[model](batch, **MODELS.check(model, model_options or {}))
+        fresh = draw()
+        _train(network, loss_fn, draw, train_steps)
+    problem = Problem(network, loss_fn, batch.inputs, batch.targets, fresh.inputs, fresh.targets)
+    return _put(problem if dtype == torch.float32 else problem.to(dtype), torch.device(device))
+
+
+def _train(model: nn.Module, loss_fn: LossFn, draw: Callable[[], Samples], steps: int) -> None:
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(steps):
+        samples = draw()
+        optimizer.zero_grad()
+        torch.autograd.backward(loss_fn(call(model, samples.inputs), samples.targets).mean())
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+
+
+def _put(problem: Problem, device: torch.device) -> Problem:
+    loss_fn = problem.loss_fn
+    return replace(
+        problem,
+        model=problem.model.to(device),
+        loss_fn=loss_fn.to(device) if isinstance(loss_fn, nn.Module) else loss_fn,
+        inputs=apply(lambda t: t.to(device), problem.inputs),
+        targets=problem.targets.to(device),
+        fresh_inputs=apply(lambda t: t.to(device), problem.fresh_inputs),
+        fresh_targets=problem.fresh_targets.to(device),
+    )

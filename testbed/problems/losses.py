@@ -1,0 +1,26 @@
+"""Losses, one for each sample: (outputs [N, ...], targets [N, ...]) -> [N]."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from testbed.problems.base import register_loss
+
+
+@register_loss("nll")
+def nll(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of log-probabilities [N, C] and classes [N]."""
+    return F.nll_loss(outputs, targets, reduction="none")
+
+
+@register_loss("cross_entropy")
+def cross_entropy(outputs: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of logits [N, C] and classes [N]."""
+    return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=label_smoothing)
+
+
+@register_loss("mse")
+def mse(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean over a sample's outputs [N, K] of the squared error; classes [N] are compared one-hot."""
+    if not targets.is_floating_point():
+        targets = F.one_hot(targets, outputs.shape[-1]).to(outputs.dtype)
+    return (outputs - targets).square().flatten(1).mean(1)

@@ -1,0 +1,124 @@
+"""Records: one for each cell, written as a line of JSON the moment the cell ends."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1  # of a record; a later reader knows by it what an earlier version wrote
+
+STATUSES = {
+    "ok": "agrees, and was timed",
+    "disagrees": "computes something else",
+    "nonfinite": "returns NaN or infinity where the truth is finite",
+    "unsupported": "refuses, with a reason",
+    "unavailable": "its library is not installed",
+    "oom": "out of memory",
+    "timeout": "took longer than it may",
+    "crash": "its process died",
+    "error": "raised an exception",
+    "interrupted": "was stopped from outside",
+}
+WRONG = ("disagrees", "nonfinite")
+FAILED = ("oom", "timeout", "crash", "error")
+
+EXIT_OK, EXIT_WRONG, EXIT_USAGE, EXIT_FAILED, EXIT_REGRESSION, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 130
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of one cell: problem × backend(options) × quantity.
+
+    Attributes:
+        cell: Identity: a hash of all that could change the numbers.
+        experiment: The experiment's name.
+        problem: Model, data, loss, batch size, dtype, device, … as plain data.
+        backend: The backend's name.
+        options: The backend's options, where they were set.
+        quantity: What was computed, with its options where they were set.
+        status: One of `STATUSES`.
+        reason: Why it is not "ok", in one line; empty where it is.
+        agreement: Both questions' answers, and the answer after timing.
+        diagnosis: What is wrong, in one sentence; empty where nothing is.
+        phases: Seconds of import, prepare, first call.
+        timing: `median_s, p5_s, p95_s, samples_s, ratio, ratio_ci, verdict`, `ordinary` step, `limit`; `native` says
+            whether the way is the backend's own or derived from `grads`.
+        memory: `peak_bytes` and what it is made of.
+        environment: Machine, versions, settings, commit, hash of the backend's source.
+    """
+
+    cell: str
+    experiment: str
+    problem: dict[str, Any]
+    backend: str
+    options: dict[str, Any]
+    quantity: str
+    status: str
+    reason: str
+    agreement: dict[str, Any]
+    diagnosis: str
+    phases: dict[str, Any]
+    timing: dict[str, Any]
+    memory: dict[str, Any]
+    environment: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        """The backend with its options, as tables show it."""
+        inside = ", ".join(f"{key}={value}" for key, value in self.options.items())
+        return f"{self.backend}({inside})" if inside else self.backend
+
+    def to_json(self) -> str:
+        """Return the record as one line of JSON."""
+        return json.dumps(_jsonable(asdict(self)), ensure_ascii=False, allow_nan=False)
+
+
+class RecordFile:
+    """A run folder's `results.jsonl`; each record is whole on disk before the next cell starts."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, record: Record) -> None:
+        """Write one record as a line, and wait until the disk has it."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(record.to_json() + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_records(path: Path) -> list[Record]:
+    """Read a `results.jsonl`; fields that a later version added are left out."""
+    known = [f.name for f in fields(Record)]
+    lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    return [Record(**{name: line[name] for name in known}) for line in lines]
+
+
+def exit_code(records: Iterable[Record], expect: Mapping[str, str] | None = None) -> int:
+    """Return the exit code of a run: what is wrong counts first, then what failed; what was expected does not count."""
+    codes = {EXIT_OK}
+    for record in records:
+        expected = (expect or {}).get(record.label, (expect or {}).get(record.backend))
+        if expected is not None:
+            codes.add(EXIT_OK if record.status == expected else EXIT_WRONG)
+        elif record.status in WRONG:
+            codes.add(EXIT_WRONG)
+        elif record.status in FAILED:
+            codes.add(EXIT_FAILED)
+        elif record.status == "interrupted":
+            codes.add(EXIT_INTERRUPTED)
+    return next(code for code in (EXIT_INTERRUPTED, EXIT_WRONG, EXIT_FAILED, EXIT_OK) if code in codes)
+
+
+def _jsonable(value: Any) -> Any:  # noqa: ANN401  recursion over plain data
+    """Return plain data with numbers that JSON has no word for as text: "nan", "inf"."""
+    if isinstance(value, dict):
+        return {str(k): _jsonable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

@@ -1,0 +1,83 @@
+"""What the table cannot say, in plain words."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from testbed.records import Record
+from testbed.report import units
+
+LAUNCH_BOUND = 0.9  # of the time spent in launching: the device waits for the host
+
+
+def notes(records: Sequence[Record]) -> list[str]:
+    """Return the notes on the records of one problem and quantity."""
+    found = [_winner(records), *_reasons(records), *_ill_conditioned(records), *_unasked(records)]
+    return [note for note in [*found, *_launch_bound(records), _noise(records)] if note]
+
+
+def _winner(records: Sequence[Record]) -> str:
+    right = [r for r in records if r.status == "ok" and "median_s" in r.timing]
+    if not right:
+        return "No backend gave a right result that could be timed."
+    best = min(right, key=lambda r: r.timing["median_s"])
+    text = f"Cheapest right backend: {best.label}"
+    if step := best.timing.get("ordinary"):
+        text += f", {units.ratio(step['ratio'])} ordinary steps"
+    base, value = best.timing["baseline"], best.timing["ratio"]
+    if value and best.label != base:
+        low, high = best.timing["ratio_ci"]
+        speed = f"{units.ratio(1 / value)} times as fast as {base}{units.interval([1 / high, 1 / low])}"
+        text += f"; {speed}" if best.timing["verdict"] == "faster" else f"; {speed}, which may be noise"
+    return text + "."
+
+
+def _reasons(records: Sequence[Record]) -> list[str]:
+    return [f"{r.label}: {r.status}: {r.reason}" for r in records if r.status != "ok"]
+
+
+def _ill_conditioned(records: Sequence[Record]) -> list[str]:
+    backends: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    for r in records:
+        samples = {i for answer in r.agreement.values() if isinstance(answer, dict) for i in answer["ill_conditioned"]}
+        if samples and r.status == "ok":
+            backends[tuple(sorted(samples))].append(r.label)
+    return [
+        f"* {', '.join(labels)}: agrees; {_samples(samples)}: near a kink (ReLU, max-pool, …), where a few roundings "
+        "of the inputs move the right gradient as far as these results are off."
+        for samples, labels in backends.items()
+    ]
+
+
+def _unasked(records: Sequence[Record]) -> list[str]:
+    asked = [r for r in records if r.status == "ok" and r.agreement.get("rule") == "calibrated"]
+    return [
+        f"{r.label} has no float64 path: whether it is the same function was not asked, only how precise it is."
+        for r in asked
+        if "same_function" not in r.agreement
+    ]
+
+
+def _launch_bound(records: Sequence[Record]) -> list[str]:
+    bound = [
+        r.label
+        for r in records
+        if str(r.environment.get("device", "")).startswith("cuda")
+        and r.timing.get("host_s", 0) > LAUNCH_BOUND * r.timing.get("median_s", float("inf"))
+    ]
+    return [f"Launch-bound (the GPU waits for the host): {', '.join(bound)}."] if bound else []
+
+
+def _noise(records: Sequence[Record]) -> str:
+    timed = next((r for r in records if r.timing.get("floor") is not None), None)
+    if timed is None:
+        return ""
+    why = "all asked for" if timed.timing["stopped_by"] == "rounds" else "time was up"
+    return (
+        f"{timed.timing['rounds']} rounds ({why}). {timed.timing['baseline']} against itself was off by up to "
+        f"{100 * timed.timing['floor']:.1f} %: smaller differences are not called."
+    )
+
+
+def _samples(samples: tuple[int, ...]) -> str:
+    shown = ", ".join(map(str, samples[:8])) + (", …" if len(samples) > 8 else "")
+    return f"{len(samples)} ill-conditioned sample{'s' if len(samples) > 1 else ''} ({shown})"
