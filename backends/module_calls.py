@@ -88,7 +88,8 @@ class _Watch(TorchFunctionMode):
             found = {id(t): t for t in _tensors((args, kwargs)) if id(t) in self.names}
             if missed := tuple(self.names[p] for p in found if p not in inside):
                 others = [t for t in _tensors((args, kwargs)) if id(t) not in found]
-                self.uses.append(_use(resolve_name(func) or str(func), missed, None, others, result))
+                by = f"{resolve_name(func) or func} with parameter `{missed[0]}`"
+                self.uses.append(_use(by, missed, None, others, result))
         return result
 
 
@@ -168,7 +169,7 @@ def watcher(
     def refuse_use(one: Use, two: Use) -> None:
         if one.path is None and not outside:
             raise Unsupported(
-                f"parameter `{one.parameters[0]}` is used outside the call of its module (by {one.by}); "
+                f"{one.by}: a use outside the call of a module that owns it; "
                 f"{library} watches module calls and would miss that use"
             )
         if one.keywords:

@@ -24,8 +24,11 @@ from torch import Tensor
 
 from backends.registry import Registry
 
+Result: TypeAlias = Tensor | Mapping[str, Tensor]
+"""What a quantity is: one tensor, or one for each parameter."""
+
 Rows: TypeAlias = dict[str, Tensor]
-"""A result as {name: [R, ...]}: R is N where the result has samples, else 1."""
+"""A result as {name: [R, numbers]}: R is N where the result has samples, else 1."""
 
 Draw: TypeAlias = Callable[[int, float, Tensor], Rows]
 """(k, relative size of the perturbation, rows wanted) -> the reference's rows for them at perturbed inputs."""
@@ -63,10 +66,11 @@ class Agreement:
     ill_conditioned: tuple[int, ...] = ()
 
 
-def as_rows(result: Tensor | Mapping[str, Tensor], quantity: str) -> Rows:
+def as_rows(result: Result, quantity: str) -> Rows:
     """Return a result of any quantity as rows: samples where it has them, else one row."""
     named = {quantity: result} if isinstance(result, Tensor) else dict(result)
-    return named if quantity in PER_SAMPLE else {name: t[None] for name, t in named.items()}
+    count = None if quantity in PER_SAMPLE else 1
+    return {name: t.detach().reshape(count or len(t), -1) for name, t in named.items()}
 
 
 RULES: Registry[type["Rule"]] = Registry("agreement rule")
@@ -149,7 +153,7 @@ class AllClose(Rule):
         """Compare every number with the yardstick's; see `torch.allclose`."""
         y = {name: t.double() for name, t in yardstick.items()}
         gaps = {name: (result[name].double() - t).abs() / (self.atol + self.rtol * t.abs()) for name, t in y.items()}
-        excess = torch.stack([gap.flatten(1).amax(1) for gap in gaps.values()], 1)
+        excess = torch.stack([gap.amax(1) for gap in gaps.values()], 1)
         return _answer("allclose", excess, _distance(result, truth), truth, (), per_sample)
 
 
@@ -184,16 +188,15 @@ def _answer(
 
 def norms(rows: Rows) -> Tensor:
     """Return ‖t(i,p)‖ [R, P] in float64; it is finite just where all numbers of the row are."""
-    return torch.stack([torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=torch.float64) for t in rows.values()], 1)
+    return torch.stack([torch.linalg.vector_norm(t, dim=1, dtype=torch.float64) for t in rows.values()], 1)
 
 
 def _distance(result: Rows, truth: Rows) -> Tensor:
     """Return ‖g−t‖(i,p) [R, P] in float64, a few rows at a time: fresh memory costs more than the arithmetic."""
     columns = []
     for name, t in truth.items():
-        g, t = result[name].flatten(1), t.flatten(1)
         step = max(1, CHUNK // max(1, t.shape[1]))
-        parts = zip(g.split(step), t.split(step), strict=True)
+        parts = zip(result[name].split(step), t.split(step), strict=True)
         columns.append(torch.cat([torch.linalg.vector_norm(a.double() - b.double(), dim=1) for a, b in parts]))
     return torch.stack(columns, 1)
 

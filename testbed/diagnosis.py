@@ -1,25 +1,28 @@
 """A disagreement, explained: given only the result and the truth, one sentence that says what is wrong.
 
-The explanations are tried from the most to the least specific; each is a function of result and truth that returns
-its sentence, or None where it does not fit.
+`wrong_form` looks at names and shapes, `nonfinite` for NaN and infinity, `explain` at the numbers: it tries the
+explanations in order and takes the first that leaves less than a tenth of the error unexplained.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from testbed.agreement import PER_SAMPLE, Rows, norms
+from testbed.agreement import PER_SAMPLE, Result, Rows, norms
 
-NAMES_SHOWN = 3
+SHOWN = 3  # names or rows in a sentence
+UNEXPLAINED = 0.1  # share of the error that an explanation may leave
 
 
-def wrong_form(result: object, truth: Mapping[str, Tensor] | Tensor) -> str | None:
+def wrong_form(result: object, truth: Result) -> str | None:
     """Return what is wrong with the form of a result: its type, names, shapes or graph; None if nothing is.
 
     Args:
         result: What a backend returned.
-        truth: What has the right form, in any dtype.
+        truth: What has the right form.
     """
     if isinstance(truth, Tensor):
         if not isinstance(result, Tensor):
@@ -49,6 +52,8 @@ def _wrong_tensor(what: str, found: object, truth: Tensor) -> str | None:
         elif tuple(found.shape) == tuple(truth.shape[1:]):
             why = " (the samples' axis is missing: summed or averaged over the batch)"
         return f"{what} has shape {list(found.shape)}, not {list(truth.shape)}{why}"
+    if found.dtype != truth.dtype:
+        return f"{what} has dtype {_dtype(found)}, not {_dtype(truth)}"
     if found.requires_grad:
         return f"{what} still owns a graph; results are detached"
     if found.device != truth.device:
@@ -56,16 +61,72 @@ def _wrong_tensor(what: str, found: object, truth: Tensor) -> str | None:
     return None
 
 
+def _dtype(t: Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")
+
+
 def nonfinite(result: Rows, truth: Rows) -> str | None:
     """Return where a result is NaN or infinite though the truth is not; None where it is finite."""
     if norms(result).isfinite().all():  # cheaper than looking at every number
         return None
     bad = {name: ~t.isfinite() & truth[name].isfinite() for name, t in result.items()}
-    names = [name for name, b in bad.items() if b.any()]
+    names = [f"`{name}`" for name, b in bad.items() if b.any()]
     if not names:
         return None
-    rows = torch.stack([b.flatten(1).any(1) for b in bad.values()]).any(0)
-    return f"nonfinite numbers in {_shown([f'`{n}`' for n in names])}, {_which_rows(rows)}"
+    rows = torch.stack([b.any(1) for b in bad.values()]).any(0)
+    return f"nonfinite numbers in {_shown(names)}, {_which(rows)}"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A result that has the right form, and the truth.
+
+    Attributes:
+        g: The result, float64.
+        t: The truth, float64.
+        quantity: Of what, since it says what a row is.
+    """
+
+    g: Rows
+    t: Rows
+    quantity: str
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return len(next(iter(self.t.values())))
+
+    @property
+    def subject(self) -> str:
+        """What a sentence is about."""
+        return {"grads": "every gradient", "norms": "every norm"}.get(self.quantity, "the result")
+
+    @cached_property
+    def flat(self) -> tuple[Tensor, Tensor]:
+        """Result and truth with all parameters side by side: [R, all]."""
+        return torch.cat(list(self.g.values()), 1), torch.cat(list(self.t.values()), 1)
+
+    @cached_property
+    def tolerance(self) -> float:
+        """What an explanation may leave open, as a norm."""
+        g, t = self.flat
+        return UNEXPLAINED * float((g - t).norm())
+
+    def fits(self, explained: Tensor) -> bool:
+        """Return whether `explained` [R, all] is the result, but for a small share of the error."""
+        return bool((self.flat[0] - explained).norm() <= self.tolerance)
+
+    def only(self, names: Sequence[str]) -> "Difference":
+        """Return the difference in these parameters."""
+        return Difference({k: self.g[k] for k in names}, {k: self.t[k] for k in names}, self.quantity)
+
+    def at(self, rows: Tensor) -> "Difference":
+        """Return the difference in these rows."""
+        g, t = ({k: x[rows] for k, x in some.items()} for some in (self.g, self.t))
+        return Difference(g, t, self.quantity)
+
+
+Explanation = Callable[[Difference], str | None]
 
 
 def explain(result: Rows, truth: Rows, quantity: str) -> str:
@@ -76,132 +137,105 @@ def explain(result: Rows, truth: Rows, quantity: str) -> str:
         truth: The right ones, float64.
         quantity: Of what, since it says what a row is.
     """
-    g = {name: t.double() for name, t in result.items()}
-    t = {name: truth[name].double() for name in result}
-    subject = {"grads": "every gradient", "norms": "every norm", "gram": "every inner product"}.get(
-        quantity, "the result"
-    )
-    found = next((s for s in (e(g, t, subject, quantity) for e in EXPLANATIONS) if s), None)
-    return found or f"differs from the truth: {_worst(g, t, quantity)}"
+    g, t = ({name: rows[name].double() for name in truth} for rows in (result, truth))
+    return _explain(Difference(g, t, quantity))
 
 
-Explanation = Callable[[Rows, Rows, str, str], str | None]
-
-CLOSE = (
-    1e-3  # an explanation fits when it leaves less than this share of the error, or of the truth where both are near
-)
+def _explain(d: Difference) -> str:
+    found = next((sentence for e in EXPLANATIONS if (sentence := e(d))), None)
+    return found or f"{d.subject} differs from the truth: {_worst(d)}"
 
 
-def _zeros(g: Rows, t: Rows, subject: str, quantity: str) -> str | None:
-    return None if any(x.any() for x in g.values()) else f"{subject} is zero"
+def _zeros(d: Difference) -> str | None:
+    return None if d.flat[0].any() or not d.flat[1].any() else f"{d.subject} is zero"
 
 
-def _scaled(g: Rows, t: Rows, subject: str, quantity: str) -> str | None:
-    factor = _factor(g, t)
-    if factor is None:
+def _scaled(d: Difference) -> str | None:
+    g, t = d.flat
+    if not t.any():
         return None
-    n = len(next(iter(t.values()))) if quantity in PER_SAMPLE else None
-    return (
-        f"{subject} is {_times(factor, n)} of the truth"
-        if factor > 0
-        else f"{subject} has the wrong sign ({_times(factor, n)})"
-    )
-
-
-def _equal_rows(g: Rows, t: Rows, subject: str, quantity: str) -> str | None:
-    n = len(next(iter(g.values())))
-    if quantity != "grads" or n < 2 or not all(_near(x, x[:1].expand_as(x)) for x in g.values()):
+    factor = float((g * t).sum() / (t * t).sum())
+    if not d.fits(factor * t):
         return None
-    for what, same in (("the average", lambda x: x.mean(0)), ("the sum", lambda x: x.sum(0))):
-        if all(_near(g[k][0], same(t[k])) for k in t):
-            return f"every sample has the same gradient, {what} over the batch"
-    for i in range(n):
-        if all(_near(g[k][0], t[k][i]) for k in t):
-            return f"every sample has the same gradient, that of sample {i}"
-    return "every sample has the same gradient"
+    return f"{d.subject} is {_times(factor, d.rows if d.quantity in PER_SAMPLE else None)} the truth"
 
 
-def _permuted(g: Rows, t: Rows, subject: str, quantity: str) -> str | None:
-    n = len(next(iter(g.values())))
-    if quantity not in ("grads", "norms") or n < 2:
+def _equal_rows(d: Difference) -> str | None:
+    g, t = d.flat
+    if d.quantity != "grads" or d.rows < 2 or not torch.allclose(g, g[:1], rtol=1e-6, atol=0):
         return None
-    G, T = (torch.cat([x.flatten(1) for x in rows.values()], 1) for rows in (g, t))
-    source = torch.cdist(G, T).argmin(1)
-    if len(source.unique()) != n or not _near(G, T[source]):
+    for what, row in (("the average over the batch", t.mean(0)), ("the sum over the batch", t.sum(0))):
+        if d.fits(row.expand_as(g)):
+            return f"every sample has the same gradient, {what}"
+    nearest = int((t - g[:1]).norm(dim=1).argmin())
+    whose = f", that of sample {nearest}" if d.fits(t[nearest].expand_as(g)) else ""
+    return f"every sample has the same gradient{whose}"
+
+
+def _permuted(d: Difference) -> str | None:
+    g, t = d.flat
+    if d.quantity not in ("grads", "norms") or d.rows < 2:
         return None
-    moved = (source != torch.arange(n, device=source.device)).nonzero().flatten().tolist()
-    if source.tolist() == list(range(n - 1, -1, -1)):
-        how = "in reverse"
-    elif len(shift := {(int(s) - i) % n for i, s in enumerate(source)}) == 1:
-        how = f"rotated by {shift.pop()}"
+    source = torch.cdist(g, t).argmin(1)
+    here = torch.arange(d.rows, device=source.device)
+    if len(source.unique()) != d.rows or torch.equal(source, here) or not d.fits(t[source]):
+        return None
+    shifts = ((source - here) % d.rows).unique()
+    if torch.equal(source, here.flip(0)):
+        how = "in reverse order"
+    elif len(shifts) == 1:
+        how = f"row i is sample i + {int(shifts)}, round the end"
     else:
-        how = _shown([f"row {i} is sample {int(source[i])}" for i in moved])
+        how = _shown([f"row {i} is sample {int(source[i])}" for i in (source != here).nonzero().flatten()])
     return f"the samples are permuted: {how}"
 
 
-def _one_parameter(g: Rows, t: Rows, subject: str, quantity: str) -> str | None:
-    wrong = [k for k in t if not _near(g[k], t[k])]
-    if len(t) < 2 or not wrong or len(wrong) > len(t) / 2:
+def _one_parameter(d: Difference) -> str | None:
+    errors = {k: float((d.g[k] - d.t[k]).norm()) for k in d.t}
+    wrong = [k for k, error in errors.items() if error > d.tolerance / len(errors) ** 0.5]
+    if not wrong or len(wrong) > len(errors) / 2:
         return None
-    rest = explain({k: g[k] for k in wrong}, {k: t[k] for k in wrong}, quantity) if len(wrong) < len(t) else ""
-    return f"only {_shown([f'`{k}`' for k in wrong])} of {len(t)} parameters: {rest}"
+    names = _shown([f"`{k}`" for k in wrong])
+    return f"only {names} of {len(errors)} parameters: {_explain(d.only(wrong))}"
 
 
-def _some_samples(g: Rows, t: Rows, subject: str, quantity: str) -> str | None:
-    n = len(next(iter(t.values())))
-    wrong = torch.tensor([any(not _near(g[k][i], t[k][i]) for k in t) for i in range(n)])
-    if quantity not in ("grads", "norms") or not wrong.any() or int(wrong.sum()) > n / 2:
+def _some_samples(d: Difference) -> str | None:
+    g, t = d.flat
+    wrong = (g - t).norm(dim=1) > d.tolerance / d.rows**0.5
+    if d.quantity not in ("grads", "norms") or not wrong.any() or int(wrong.sum()) > d.rows / 2:
         return None
-    index = wrong.nonzero().flatten()
-    rest = explain({k: g[k][index] for k in t}, {k: t[k][index] for k in t}, quantity)
-    return f"only {_which_rows(wrong)}: {rest}"
+    return f"only {_which(wrong)}: {_explain(d.at(wrong.nonzero().flatten()))}"
 
 
 EXPLANATIONS: tuple[Explanation, ...] = (_zeros, _scaled, _equal_rows, _permuted, _one_parameter, _some_samples)
 
 
-def _near(a: Tensor, b: Tensor) -> bool:
-    return bool((a - b).norm() <= CLOSE * b.norm())
-
-
-def _factor(g: Rows, t: Rows) -> float | None:
-    """Return c where g = c·t and c is not 1, or None."""
-    square = sum(float((x * x).sum()) for x in t.values())
-    if not square:
-        return None
-    c = sum(float((g[k] * t[k]).sum()) for k in t) / square
-    gap = sum(float((g[k] - c * t[k]).square().sum()) for k in t) ** 0.5
-    error = sum(float((g[k] - t[k]).square().sum()) for k in t) ** 0.5
-    return c if gap <= 0.1 * error and gap <= CLOSE * abs(c) * square**0.5 else None
-
-
 def _times(factor: float, n: int | None) -> str:
-    """Return a factor in words that follow "is" and precede "of the truth": "1/64", "2 times that", …."""
-    if factor < 0:
-        return "the negative" if abs(factor + 1) < 0.01 else f"{factor:.6g} times that"
-    inverse = round(1 / factor) if factor < 1 else 0
+    """Return a factor in words that follow "is" and precede "the truth": "1/64 of", "2 times", "the negative of"."""
+    if abs(factor + 1) < 0.01:
+        return "the negative of"
+    inverse = round(1 / factor) if 0 < factor < 1 else 0
     if inverse > 1 and abs(factor * inverse - 1) < 0.01:
-        return f"1/{inverse}"
+        return f"1/{inverse} of"
     if n and n > 1 and abs(factor / n - 1) < 0.01:
-        return f"{n} times that"
-    return f"{factor:.6g} times that"
+        return f"{n} times"
+    return f"{factor:.6g} times"
 
 
-def _worst(g: Rows, t: Rows, quantity: str) -> str:
-    errors = {k: (g[k] - t[k]).flatten(1).norm(dim=1) / t[k].flatten(1).norm(dim=1).clamp_min(1e-300) for k in t}
+def _worst(d: Difference) -> str:
+    tiny = torch.finfo(torch.float64).tiny
+    errors = {k: (d.g[k] - d.t[k]).norm(dim=1) / d.t[k].norm(dim=1).clamp_min(tiny) for k in d.t}
     name = max(errors, key=lambda k: float(errors[k].max()))
     row = int(errors[name].argmax())
-    where = f", sample {row}" if quantity in PER_SAMPLE else ""
-    return f"worst at `{name}`{where}, off by {float(errors[name][row]):.2g} of its norm"
+    where = f"`{name}`, sample {row}" if d.quantity in PER_SAMPLE else f"`{name}`"
+    return f"worst at {where}, off by {float(errors[name][row]):.2g} of its norm"
 
 
-def _which_rows(rows: Tensor) -> str:
+def _which(rows: Tensor) -> str:
     index = rows.nonzero().flatten().tolist()
-    if len(index) == len(rows):
-        return "every sample"
-    return f"{len(index)} of {len(rows)} samples ({_shown([str(i) for i in index])})"
+    return "every sample" if len(index) == len(rows) else f"{len(index)} of {len(rows)} samples ({_shown(index)})"
 
 
-def _shown(items: list[str]) -> str:
-    more = len(items) - NAMES_SHOWN
-    return ", ".join(items[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+def _shown(items: Sequence[object]) -> str:
+    more = len(items) - SHOWN
+    return ", ".join(str(item) for item in items[:SHOWN]) + (f" and {more} more" if more > 0 else "")

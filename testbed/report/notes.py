@@ -35,12 +35,16 @@ def _reasons(records: Sequence[Record]) -> list[str]:
     return [f"{r.label}: {r.status}: {r.reason}" for r in records if r.status != "ok"]
 
 
+def ill_conditioned(record: Record) -> tuple[int, ...]:
+    """Return the ill-conditioned samples of the batch that was timed."""
+    return tuple(record.agreement.get("precision", {}).get("ill_conditioned", ()))
+
+
 def _ill_conditioned(records: Sequence[Record]) -> list[str]:
     backends: dict[tuple[int, ...], list[str]] = defaultdict(list)
     for r in records:
-        samples = {i for answer in r.agreement.values() if isinstance(answer, dict) for i in answer["ill_conditioned"]}
-        if samples and r.status == "ok":
-            backends[tuple(sorted(samples))].append(r.label)
+        if r.status == "ok" and (samples := ill_conditioned(r)):
+            backends[samples].append(r.label)
     return [
         f"* {', '.join(labels)}: agrees; {_samples(samples)}: near a kink (ReLU, max-pool, …), where a few roundings "
         "of the inputs move the right gradient as far as these results are off."

@@ -13,7 +13,7 @@ from rich.text import Text
 from testbed.environment import device_name
 from testbed.records import Record
 from testbed.report import units
-from testbed.report.notes import notes
+from testbed.report.notes import ill_conditioned, notes
 
 ALIGN_LEFT = 3  # the first columns are words
 
@@ -87,12 +87,12 @@ def _table(records: Sequence[Record]) -> Table:
 
 def _width(table: Table) -> int:
     columns = zip(table.header, *table.rows, strict=True)
-    return sum(max(map(len, column)) + 1 for column in columns)
+    return sum(max(map(len, column)) + 2 for column in columns)
 
 
 def _grid(table: Table, stacked: bool) -> RichTable:
     """Return the table for a terminal; where it is too wide, spreads and intervals go below their numbers."""
-    grid = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False, collapse_padding=True)
+    grid = RichTable(box=box.SIMPLE_HEAD, padding=(0, 0), pad_edge=False, show_edge=False)
     for i, column in enumerate(table.header):
         left = i < ALIGN_LEFT
         grid.add_column(column, justify="left" if left else "right", overflow="fold", no_wrap=i > 0 or not stacked)
@@ -121,9 +121,7 @@ def _row(r: Record) -> tuple[str, ...]:
 def _agreement(r: Record) -> str:
     if r.status != "ok":
         return "no" if r.diagnosis else "–"
-    answers = [a for a in r.agreement.values() if isinstance(a, dict)]
-    count = len({i for a in answers for i in a["ill_conditioned"]})
-    return "yes *" if count else "yes"
+    return "yes *" if ill_conditioned(r) else "yes"
 
 
 def _median(timing: dict[str, float]) -> str:

@@ -1,0 +1,135 @@
+"""The referee of one problem and quantity: knows the truth, and says whether a result agrees, and if not why.
+
+The truth is what the reference backend computes in float64; the yardstick is what it computes in the run's dtype.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backends import get_backend, reference
+from backends.base import LossFn
+from backends.batch import Batch, apply, take
+from testbed import diagnosis
+from testbed.agreement import PER_SAMPLE, Agreement, Calibrated, Draw, Result, Rows, Rule, as_rows
+from testbed.problems import Problem
+
+INDEPENDENT = ("grads", "norms")  # quantities where a sample's row depends on that sample only
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the referee says of a result.
+
+    Attributes:
+        status: "ok", "disagrees" or "nonfinite".
+        diagnosis: What is wrong, in one sentence; empty where nothing is.
+        agreement: The numbers behind it; None where the result has not the form to be compared.
+    """
+
+    status: str
+    diagnosis: str = ""
+    agreement: Agreement | None = None
+
+
+class Referee:
+    """Holds truth and yardstick of one quantity on a problem's batch, or on its fresh one; computed when first asked.
+
+    Attributes:
+        wide: The problem in float64.
+    """
+
+    def __init__(self, problem: Problem, quantity: str, options: Mapping[str, Any], rule: Rule) -> None:
+        self.problem, self.quantity, self.options, self.rule = problem, quantity, dict(options), rule
+        self.wide = problem.to(torch.float64)
+        self._known: dict[tuple[bool, bool], Result] = {}
+
+    def same_function(self, result: object) -> Finding:
+        """Ask question 1 of a float64 result on `wide`."""
+        truth = self.truth()
+        rule = self.rule if isinstance(self.rule, Calibrated) else Calibrated()
+        draw = self._draw(self.wide, fresh=False)
+        per_sample = self.quantity in PER_SAMPLE
+
+        def judge(rows: Rows, right: Rows) -> Agreement:
+            return rule.is_same_function(rows, right, draw, per_sample=per_sample)
+
+        return self._find(result, truth, truth, judge)
+
+    def precision(self, result: object, *, fresh: bool = False) -> Finding:
+        """Ask question 2 of a result in the run's dtype."""
+        yardstick = self.yardstick(fresh=fresh)
+        draw = self._draw(self.problem, fresh)
+        per_sample = self.quantity in PER_SAMPLE
+
+        def judge(rows: Rows, right: Rows) -> Agreement:
+            return self.rule.judge(rows, right, as_rows(yardstick, self.quantity), draw, per_sample=per_sample)
+
+        return self._find(result, self.truth(fresh=fresh), yardstick, judge)
+
+    def truth(self, *, fresh: bool = False) -> Result:
+        """Return what the reference computes in float64."""
+        return self._reference(self.wide, fresh)
+
+    def yardstick(self, *, fresh: bool = False) -> Result:
+        """Return what the reference computes in the run's dtype."""
+        return self._reference(self.problem, fresh)
+
+    def _find(self, result: Any, truth: Result, form: Result, judge: Callable[[Rows, Rows], Agreement]) -> Finding:  # noqa: ANN401  a backend may return anything
+        if wrong := diagnosis.wrong_form(result, form):
+            return Finding("disagrees", wrong)
+        rows, right = as_rows(result, self.quantity), as_rows(truth, self.quantity)
+        if bad := diagnosis.nonfinite(rows, right):
+            return Finding("nonfinite", bad)
+        agreement = judge(rows, right)
+        if agreement.agrees:
+            return Finding("ok", agreement=agreement)
+        return Finding("disagrees", diagnosis.explain(rows, right, self.quantity), agreement)
+
+    def _reference(self, problem: Problem, fresh: bool) -> Result:
+        key = (problem is self.wide, fresh)
+        if key not in self._known:
+            for old in [k for k in self._known if k[1] != fresh]:
+                del self._known[old]  # the results on two batches of a large problem need not fit together
+            self._known[key] = self._compute(problem.model, problem.loss_fn, *batch_of(problem, fresh))
+        return self._known[key]
+
+    def _compute(self, model: torch.nn.Module, loss_fn: LossFn, inputs: Batch, targets: Tensor) -> Result:
+        fn = getattr(get_backend(reference()), self.quantity)(model, loss_fn, **self.options)
+        found: Result = fn(inputs, targets)
+        return found
+
+    def _draw(self, problem: Problem, fresh: bool) -> Draw:
+        """Return the function that draws the reference's rows at inputs and parameters moved by a few roundings."""
+        inputs, targets = batch_of(problem, fresh)
+
+        def draw(k: int, size: float, rows: Tensor) -> Rows:
+            generator = torch.Generator(problem.device).manual_seed(k)
+
+            def moved(t: Tensor) -> Tensor:
+                if not t.is_floating_point():
+                    return t
+                noise = torch.randn(t.shape, generator=generator, device=t.device, dtype=torch.float64)
+                return (t.detach().double() * (1 + size * noise)).to(t.dtype)
+
+            model = copy.deepcopy(problem.model)
+            for p in model.parameters():
+                p.data = moved(p)
+            if self.quantity in INDEPENDENT:
+                inputs_, targets_ = take(inputs, rows), take(targets, rows)
+                return as_rows(self._compute(model, problem.loss_fn, apply(moved, inputs_), targets_), self.quantity)
+            found = as_rows(self._compute(model, problem.loss_fn, apply(moved, inputs), targets), self.quantity)
+            return {name: t[rows] for name, t in found.items()}
+
+        return draw
+
+
+def batch_of(problem: Problem, fresh: bool) -> tuple[Batch, Tensor]:
+    """Return the problem's batch, or its fresh one."""
+    if fresh:
+        return problem.fresh_inputs, problem.fresh_targets
+    return problem.inputs, problem.targets

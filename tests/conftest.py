@@ -1,0 +1,65 @@
+"""What every test shares: one thread's worth of determinism, and a truth for each case that is computed once."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from backends import available, get_backend, reference
+from backends.base import BACKENDS, Unsupported
+from testbed.problems import DATA, LOSSES, MODELS
+from tests.cases import Case, cases
+
+
+@cache
+def truth(name: str, quantity: str) -> Any:
+    """Return what the reference computes for a case."""
+    case = next(c for c in cases() if c.name == name)
+    return getattr(get_backend(reference()), quantity)(case.model, case.loss_fn)(case.inputs, case.targets)
+
+
+@pytest.fixture
+def run() -> Callable[..., Any]:
+    """Return a function that runs a backend on a case; a refusal that the case allows skips the test."""
+
+    def run_case(backend: Any, case: Case, quantity: str = "grads", **options: Any) -> Any:
+        try:
+            fn = getattr(backend, quantity)(case.model, case.loss_fn, **options)
+            return fn(case.inputs, case.targets)
+        except Unsupported as refusal:
+            if not case.may_refuse:
+                raise
+            pytest.skip(f"refuses: {refusal}")
+
+    return run_case
+
+
+@contextmanager
+def kept_registries() -> Iterator[None]:
+    """Forget at the end what plug-ins have registered meanwhile."""
+    available()  # discovery fills the registry
+    registries = (BACKENDS, MODELS, DATA, LOSSES)
+    before = [dict(registry._entries) for registry in registries]
+    yield
+    for registry, entries in zip(registries, before, strict=True):
+        registry._entries.clear()
+        registry._entries.update(entries)
+
+
+@pytest.fixture(autouse=True)
+def _kept_registries() -> Iterator[None]:
+    with kept_registries():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _untouched_random_state() -> Any:
+    """Fail the test whose code leaves the global random state changed: nothing here may."""
+    before = torch.get_rng_state()
+    yield
+    changed = not torch.equal(torch.get_rng_state(), before)
+    torch.set_rng_state(before)
+    assert not changed, "the global random state was changed"

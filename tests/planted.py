@@ -1,0 +1,93 @@
+"""Backends that are wrong on purpose; every one of them must fail a run. Given to the command line with `--plugin`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backends import get_backend
+from backends.base import Backend, GradsFn, LossFn, Named, register
+from backends.batch import Batch
+
+Spoil = Callable[[Named], Any]
+
+SPOILT: dict[str, Spoil] = {
+    "zeros": lambda g: {k: torch.zeros_like(t) for k, t in g.items()},
+    "averaged": lambda g: {k: t / len(t) for k, t in g.items()},
+    "permuted": lambda g: {k: t.roll(1, 0) for k, t in g.items()},
+    "one_row_repeated": lambda g: {k: t[:1].expand_as(t).clone() for k, t in g.items()},
+    "one_parameter_scaled": lambda g: {k: t * (1.001 if i == 0 else 1) for i, (k, t) in enumerate(g.items())},
+    "nan": lambda g: {k: torch.full_like(t, torch.nan) for k, t in g.items()},
+    "missing": lambda g: dict(list(g.items())[1:]),
+    "extra": lambda g: {**g, "other": next(iter(g.values()))},
+    "transposed": lambda g: {k: t.transpose(-1, -2) if t.dim() == 3 else t for k, t in g.items()},
+    "summed": lambda g: {k: t.sum(0) for k, t in g.items()},
+    "not_a_mapping": lambda g: list(g.values()),
+}
+
+
+def plant(name: str, spoil: Spoil) -> None:
+    """Register a backend whose result is spoilt."""
+
+    @register(f"planted_{name}")
+    @dataclass(frozen=True)
+    class Planted(Backend):
+        def grads(self, model: nn.Module, loss_fn: LossFn) -> GradsFn:
+            right = get_backend("vmap").grads(model, loss_fn)
+            return lambda inputs, targets: spoil(right(inputs, targets))
+
+    Planted.__qualname__ = f"planted {name}"  # two classes of one name are told apart by it
+
+
+for _name, _spoil in SPOILT.items():
+    plant(_name, _spoil)
+
+
+@register("planted_drifting")
+@dataclass(frozen=True)
+class Drifting(Backend):
+    """Right three times, then wrong."""
+
+    def grads(self, model: nn.Module, loss_fn: LossFn) -> GradsFn:
+        right, calls = get_backend("vmap").grads(model, loss_fn), [0]
+
+        def fn(inputs: Batch, targets: Tensor) -> Named:
+            calls[0] += 1
+            return {k: t * (1 if calls[0] <= 3 else 1.01) for k, t in right(inputs, targets).items()}
+
+        return fn
+
+
+@register("planted_caching")
+@dataclass(frozen=True)
+class Caching(Backend):
+    """Returns its first result for ever."""
+
+    def grads(self, model: nn.Module, loss_fn: LossFn) -> GradsFn:
+        right, kept = get_backend("vmap").grads(model, loss_fn), []
+
+        def fn(inputs: Batch, targets: Tensor) -> Named:
+            if not kept:
+                kept.append(right(inputs, targets))
+            return kept[0]
+
+        return fn
+
+
+@register("planted_mutating")
+@dataclass(frozen=True)
+class Mutating(Backend):
+    """Right, but moves the caller's weights."""
+
+    def grads(self, model: nn.Module, loss_fn: LossFn) -> GradsFn:
+        right = get_backend("vmap").grads(model, loss_fn)
+
+        def fn(inputs: Batch, targets: Tensor) -> Named:
+            grads = right(inputs, targets)
+            with torch.no_grad():
+                next(model.parameters()).add_(1e-3)
+            return grads
+
+        return fn

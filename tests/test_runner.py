@@ -1,0 +1,168 @@
+"""Runs as a whole: what is wrong is caught and explained, what is right is timed, what ends early has its record."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import testbed
+from backends import available
+from testbed.__main__ import main
+from testbed.records import read_records
+from tests.cases import cross_entropy, mlp
+from tests.conftest import kept_registries
+
+HERE = Path(__file__).parent
+WRONG = {
+    "zeros": "every gradient is zero",
+    "averaged": "every gradient is 1/6 of the truth",
+    "permuted": "the samples are permuted: row i is sample i + 5, round the end",
+    "one_row_repeated": "every sample has the same gradient, that of sample 0",
+    "one_parameter_scaled": "only `1.weight` of 2 parameters: every gradient is 1.001 times the truth",
+    "nan": "nonfinite numbers in `1.weight`, `1.bias`, every sample",
+    "missing": "1 of 2 parameters are missing: `1.weight`",
+    "extra": "there are extra parameters: `other`",
+    "transposed": "(transposed)",
+    "summed": "the samples' axis is missing",
+    "not_a_mapping": "the result is a list",
+    "drifting": "after timing, on fresh data: every gradient is 1.01 times the truth",
+    "caching": "after timing, on fresh data",
+    "mutating": "the backend changed the caller's model: the values of `1.weight`",
+}
+YAML = """
+model: logistic
+data: {random: {shape: [5], classes: 3}}
+loss: nll
+batch_size: 6
+device: cpu
+timing: {rounds: 2, max_s: 1}
+backends: [naive, %s]
+"""
+
+
+def run(folder: Path, names: str) -> Any:
+    """Run an experiment with planted backends; return exit code and records by name."""
+    (folder / "e.yaml").write_text(YAML % names)
+    with kept_registries():
+        code = main([str(folder / "e.yaml"), "--plugin", str(HERE / "planted.py"), "--out", str(folder / "run")])
+    return code, {r.backend.removeprefix("planted_"): r for r in read_records(folder / "run" / "results.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def all_wrong(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return run(tmp_path_factory.mktemp("planted"), ", ".join(f"planted_{name}" for name in WRONG))
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_planted_error_is_caught_and_named(all_wrong: Any, name: str) -> None:
+    _, records = all_wrong
+    record = records[name]
+    assert record.status == ("nonfinite" if name == "nan" else "disagrees")
+    assert WRONG[name] in record.diagnosis
+    assert "\n" not in record.reason
+    assert record.timing.get("ratio") is None, "a wrong result gets no speed-up"
+
+
+def test_a_right_backend_beside_wrong_ones_stays_right(all_wrong: Any) -> None:
+    code, records = all_wrong
+    assert records["naive"].status == "ok"
+    assert code == 1
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_each_planted_error_alone_ends_with_exit_1(name: str, tmp_path: Path) -> None:
+    code, _ = run(tmp_path, f"planted_{name}")
+    assert code == 1
+
+
+def compare(model: nn.Module | None = None, **options: Any) -> testbed.Report:
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(6, 5), torch.randint(2, (6,))
+    return testbed.compare(model or mlp(), cross_entropy, inputs, targets, rounds=2, max_s=1, **options)
+
+
+@pytest.fixture
+def _seeded() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        yield
+
+
+@pytest.mark.usefixtures("_seeded")
+class TestCompare:
+    """`testbed.compare` on a model of the user's own."""
+
+    def test_runs_all_backends_and_quantities(self) -> None:
+        report = compare(quantities=["grads", "norms", {"clipped_sum": {"max_norm": 0.5}}])
+        assert {r.status for r in report.records} == {"ok"}
+        assert len(report.records) == 3 * len(available())
+        assert {r.quantity for r in report.records} == {"grads", "norms", "clipped_sum(max_norm=0.5)"}
+
+    def test_report_is_a_table_and_html(self) -> None:
+        report = compare(backends=["naive", {"opacus": {"mode": "ew"}}])
+        assert "opacus(mode=ew)" in str(report)
+        assert "ordinary step" in str(report)
+        assert "limit" in str(report)
+        assert max(map(len, str(report).splitlines())) <= 80
+        assert "<td>opacus(mode=ew)</td>" in report._repr_html_()
+
+    def test_timing_has_what_the_table_shows(self) -> None:
+        (naive, vmap) = compare(backends=["naive", "vmap"]).records
+        assert naive.timing["verdict"] == "baseline"
+        assert vmap.timing["verdict"] in ("faster", "slower", "can't tell")
+        low, high = vmap.timing["ratio_ci"]
+        assert low <= vmap.timing["ratio"] <= high
+        assert len(vmap.timing["samples_s"]) == vmap.timing["rounds"]
+        assert vmap.timing["ordinary"]["median_s"] > 0
+        assert vmap.timing["limit"]["seconds"] > 0
+        assert set(vmap.phases) == {"import_s", "prepare_s", "first_call_s"}
+
+    @pytest.mark.parametrize(
+        ("model", "reason"),
+        [
+            (nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), "`1` (BatchNorm1d) in training mode"),
+            (nn.Sequential(nn.Linear(5, 4), nn.Dropout(), nn.Linear(4, 2)), "`1` (Dropout) is random"),
+            (nn.Sequential(nn.Linear(5, 2), nn.Softmax(dim=0)), "`1` (Softmax) mixes the samples of a batch"),
+            (nn.Linear(4, 2), "model, loss and batch do not fit together"),
+        ],
+        ids=["BatchNorm", "Dropout", "softmax over the batch", "wrong shape"],
+    )
+    def test_problem_without_gradients_is_refused_for_every_backend(self, model: nn.Module, reason: str) -> None:
+        records = compare(model).records
+        assert {r.status for r in records} == {"unsupported"}
+        assert all(r.reason.startswith("the problem: ") and reason in r.reason for r in records)
+
+    def test_loss_that_is_reduced_says_how_to_mend_it(self) -> None:
+        report = testbed.compare(mlp(), nn.CrossEntropyLoss(), torch.ones(4, 5), torch.zeros(4, dtype=torch.long))
+        assert all("use reduction='none'" in r.reason for r in report.records)
+
+    def test_loss_that_couples_samples_is_refused(self) -> None:
+        def coupled(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            losses = cross_entropy(outputs, targets)
+            return losses / losses.detach().sum()
+
+        torch.manual_seed(0)
+        records = testbed.compare(mlp(), coupled, torch.randn(6, 5), torch.randint(2, (6,))).records
+        assert all("the loss, or a function outside any module, mixes" in r.reason for r in records)
+
+    def test_loss_with_class_weights_is_asked_in_float64_too(self) -> None:
+        loss = nn.CrossEntropyLoss(weight=torch.tensor([0.5, 2.0]), reduction="none")
+        report = testbed.compare(mlp(), loss, torch.randn(6, 5), torch.randint(2, (6,)), rounds=2)
+        assert {r.status for r in report.records} == {"ok"}
+
+    def test_model_is_left_as_it_was(self) -> None:
+        from testbed.integrity import Snapshot
+
+        model = mlp()
+        torch.manual_seed(0)
+        x, y = torch.randn(6, 5), torch.randint(2, (6,))
+        snapshot = Snapshot(model)
+        testbed.compare(model, cross_entropy, x, y, rounds=2)
+        assert snapshot.change() is None
+
+    def test_allclose_is_the_tutorials_rule(self) -> None:
+        report = compare(agreement={"allclose": {"atol": 3e-3, "rtol": 1e-5}})
+        assert {r.agreement["precision"]["question"] for r in report.records} == {"allclose"}
+        assert all("same_function" not in r.agreement for r in report.records)
