@@ -16,9 +16,8 @@ from backends.base import (
     LossFn,
     Named,
     Unsupported,
-    kept_buffers,
+    library_call,
     own_copy,
-    refusing_failures,
     register,
     trainable,
 )
@@ -45,11 +44,10 @@ class BackPack(Backend):
 
         def fn(inputs: Batch, targets: Tensor) -> Named:
             with watching(inputs) as new:
-                with quiet_hooks(), torch.enable_grad(), kept_buffers(model), backpack(BatchGrad()):
+                with quiet_hooks(), library_call(original, model, loss_fn, inputs, targets), backpack(BatchGrad()):
                     # an unknown layer is a warning there and a refusal here, in `collect`
                     warnings.filterwarnings("ignore", message="Extension saving to grad_batch")
-                    with refusing_failures(original, model, loss_fn, inputs, targets):
-                        torch.autograd.backward(loss_fn(call(model, inputs), targets).sum())
+                    torch.autograd.backward(loss_fn(call(model, inputs), targets).sum())
                 return collect("BackPACK", parameters, "grad_batch", verify=new)
 
         return fn

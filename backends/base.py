@@ -174,9 +174,9 @@ def own_copy(model: nn.Module) -> nn.Module:
     so that an optimizer's in-place step is seen. Everything else (train or eval mode, buffers) is as it is now.
 
     Raises:
-        Unsupported: The model cannot be copied, has nothing to differentiate, or mixes its samples by BatchNorm.
+        Unsupported: The model cannot be copied, has nothing to differentiate, or `refuse_impure` refuses it.
     """
-    refuse_batch_statistics(model)
+    refuse_impure(model)
     if not trainable(model):
         raise Unsupported("the model has no trainable parameter: nothing to differentiate")
     parameters = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
@@ -186,19 +186,29 @@ def own_copy(model: nn.Module) -> nn.Module:
         raise Unsupported(f"the model cannot be copied (copy.deepcopy: {first_line(error)})") from error
 
 
-def refuse_batch_statistics(model: nn.Module) -> None:
-    """Refuse normalisation over the batch: no sample then has a gradient of its own.
+def refuse_impure(model: nn.Module) -> None:
+    """Refuse modules whose samples have no gradients of their own, or that change their weights while they run.
 
     Raises:
-        Unsupported: A BatchNorm is in training mode or keeps no running statistics.
+        Unsupported: BatchNorm in training mode or without running statistics, an embedding with `max_norm` or
+            `scale_grad_by_freq`.
     """
     for path, module in model.named_modules():
+        where, kind = f"`{path or 'model'}`", type(module).__name__
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             option = "in training mode" if module.training else "with track_running_stats=False"
             raise Unsupported(
-                f"`{path or 'model'}` ({type(module).__name__}) {option} mixes the samples of a batch, "
+                f"{where} ({kind}) {option} mixes the samples of a batch, "
                 "so no sample has a gradient of its own; use eval() or GroupNorm"
             )
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.weight.requires_grad:
+            if module.max_norm is not None:
+                raise Unsupported(f"{where} ({kind}(max_norm={module.max_norm})) changes its weights while it runs")
+            if module.scale_grad_by_freq:
+                raise Unsupported(
+                    f"{where} ({kind}(scale_grad_by_freq=True)) divides gradients by counts over the batch, "
+                    "so no sample has a gradient of its own"
+                )
 
 
 @contextmanager
@@ -214,14 +224,24 @@ def kept_buffers(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def refusing_failures(
-    original: nn.Module, hooked: nn.Module, loss_fn: LossFn, inputs: Batch, targets: Tensor
+def kept_random_state(model: nn.Module) -> Iterator[None]:
+    """Give the global random state of the CPU and of the model's devices back at the end."""
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    with torch.random.fork_rng(devices):
+        yield
+
+
+@contextmanager
+def library_call(
+    original: nn.Module, used: nn.Module, loss_fn: LossFn, inputs: Batch, targets: Tensor
 ) -> Iterator[None]:
-    """Turn what fails with a library, and not without it, into a refusal in the library's own words.
+    """Surround a library's forward and backward pass: gradients on, buffers and random state kept, failures refused.
+
+    What fails with a library, and not without it, becomes a refusal in the library's own words.
 
     Args:
         original: The caller's model, which the library has not touched.
-        hooked: The model as the library runs it, to find the module that failed.
+        used: The model as the library runs it.
         loss_fn: The loss; with `inputs` and `targets`, what is being computed.
         inputs: The batch.
         targets: Its targets.
@@ -230,17 +250,18 @@ def refusing_failures(
         Unsupported: The block failed, though an ordinary forward and backward pass of one sample works.
     """
     try:
-        yield
+        with torch.enable_grad(), kept_buffers(used), kept_random_state(used):
+            yield
     except (Unsupported, torch.OutOfMemoryError):
         raise
     except Exception as error:
         try:
             plain, one = own_copy(original), slice(0, 1)
-            with torch.enable_grad():
+            with torch.enable_grad(), kept_random_state(plain):
                 torch.autograd.backward(loss_fn(call(plain, take(inputs, one)), take(targets, one)).sum())
         except Exception:
             raise error from None
-        where = culprit(error, hooked)
+        where = culprit(error, used)
         if "BackwardHookFunction" in str(error):  # autograd's words for it do not help a user
             raise Unsupported(f"{where} modifies in place the output of a module with a backward hook") from error
         raise Unsupported(f"{where}: {first_line(error)}") from error

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves
 
-from backends.base import Named, Unsupported, describe, kept_buffers, own_copy, trainable
+from backends.base import Named, Unsupported, describe, kept_buffers, kept_random_state, own_copy, trainable
 from backends.batch import Batch, call, signature, take
 
 
@@ -105,9 +105,8 @@ def _use(by: str, parameters: tuple[str, ...], path: str | None, args: Any, outp
 
 def _uses(model: nn.Module, hooked: Mapping[str, Hooked], inputs: Batch) -> list[Use]:
     watch = _Watch(hooked, {id(p): name for name, p in trainable(model).items()})
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     try:
-        with torch.random.fork_rng(devices), kept_buffers(model), torch.enable_grad(), watch:
+        with kept_random_state(model), kept_buffers(model), torch.enable_grad(), watch:
             call(model, inputs)
     finally:
         for handle in watch.handles:

@@ -9,7 +9,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from backends.base import Backend, GradsFn, LossFn, Named, kept_buffers, own_copy, register, trainable
+from backends.base import (
+    Backend,
+    GradsFn,
+    LossFn,
+    Named,
+    kept_buffers,
+    kept_random_state,
+    own_copy,
+    register,
+    trainable,
+)
 from backends.batch import Batch, call, size, take
 
 
@@ -25,14 +35,17 @@ class Naive(Backend):
         model = own_copy(model)
         parameters = trainable(model)
 
-        def one(inputs: Batch, targets: Tensor) -> tuple[Tensor, ...]:
+        def one(inputs: Batch, targets: Tensor) -> list[Tensor]:
+            model.zero_grad(set_to_none=True)
             with torch.enable_grad(), kept_buffers(model):
-                loss = loss_fn(call(model, inputs), targets).sum()
-                return torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
+                torch.autograd.backward(loss_fn(call(model, inputs), targets).sum())
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters.values()]
+            return [g.to_dense() if g.is_sparse else g for g in grads]
 
         def fn(inputs: Batch, targets: Tensor) -> Named:
             samples = [slice(i, i + 1) for i in range(size(inputs))]
-            rows = [one(take(inputs, i), take(targets, i)) for i in samples]
+            with kept_random_state(model):
+                rows = [one(take(inputs, i), take(targets, i)) for i in samples]
             return {name: torch.stack(column) for name, column in zip(parameters, zip(*rows, strict=True), strict=True)}
 
         return fn

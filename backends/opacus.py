@@ -18,9 +18,8 @@ from backends.base import (
     Named,
     Unsupported,
     describe,
-    kept_buffers,
+    library_call,
     own_copy,
-    refusing_failures,
     register,
     trainable,
 )
@@ -55,12 +54,7 @@ class Opacus(Backend):
         def fn(inputs: Batch, targets: Tensor) -> Named:
             with watching(inputs) as new:
                 wrapped.zero_grad(set_to_none=True)
-                with (
-                    torch.enable_grad(),
-                    quiet_hooks(),
-                    kept_buffers(model),
-                    refusing_failures(original, model, loss_fn, inputs, targets),
-                ):
+                with quiet_hooks(), library_call(original, model, loss_fn, inputs, targets):
                     torch.autograd.backward(loss_fn(call(wrapped, inputs), targets).sum())
                 return collect("Opacus", parameters, "grad_sample", verify=new)
 

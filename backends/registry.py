@@ -76,11 +76,28 @@ def explain(error: Mapping[str, Any]) -> str:
     where = ".".join(str(part) for part in loc)
     if error["type"] == "missing":
         return f"'{where}' is required"
-    wanted = error["msg"][0].lower() + error["msg"][1:]
-    return f"'{where}': {wanted.removeprefix('input ')}, found {error['input']!r}"
+    wanted = _WANTED.get(error["type"]) or error["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    return f"'{where}': {wanted[0].lower()}{wanted[1:]}, found {_shown(error['input'])}"
 
 
 _UNION_BRANCHES = {"int", "float", "str", "bool", "none"}  # pydantic adds the tried type of a union to the location
+_WANTED = {  # pydantic speaks of Python's types; a user writes YAML
+    "bool_type": "should be true or false",
+    "dict_type": "should be a mapping, {key: value}",
+    "float_type": "should be a number",
+    "int_from_float": "should be a whole number",
+    "int_type": "should be a whole number",
+    "model_type": "should be a mapping, {key: value}",
+    "string_type": "should be text",
+    "too_short": "should have at least one item",
+    "tuple_type": "should be a list, [a, b]",
+}
+
+
+def _shown(value: object) -> str:
+    """Return a value as a user wrote it, cut where it is long."""
+    text = "nothing" if value is None else repr(list(value) if isinstance(value, tuple) else value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _allowed(known: Mapping[str, inspect.Parameter]) -> str:

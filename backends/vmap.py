@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from backends.base import Backend, GradsFn, LossFn, Named, own_copy, refusing_failures, register, trainable
+from backends.base import Backend, GradsFn, LossFn, Named, library_call, own_copy, register, trainable
 from backends.batch import Batch, apply, call
 
 
@@ -42,7 +42,7 @@ class Vmap(Backend):
 
         def fn(inputs: Batch, targets: Tensor) -> Named:
             buffers = {name: b.clone() for name, b in model.named_buffers()}
-            with refusing_failures(original, model, loss_fn, inputs, targets):
+            with library_call(original, model, loss_fn, inputs, targets):
                 grads: Named = transform(parameters, buffers, inputs, targets)
             return grads
 

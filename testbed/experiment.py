@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from backends import available, reference
@@ -14,10 +13,11 @@ from backends.registry import BadOption, Registry, UnknownName, check_options, d
 from testbed.agreement import RULES
 from testbed.problems import DATA, LOSSES, MODELS
 from testbed.records import STATUSES
-from testbed.yaml_source import ConfigError, KeyPath, Source, read
+from testbed.yaml_source import ConfigError, KeyPath, Source, read, write
 
 Dtype = Literal["float32", "float64", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
+HERE = "in this experiment"
 
 
 class _Frozen(BaseModel):
@@ -93,9 +93,10 @@ class Experiment(_Frozen):
         """Return the backends to run: those named, or all."""
         return self.backends or tuple(Choice(name=name) for name in available())
 
-    def resolved_baseline(self) -> str:
-        """Return the name of the backend that times are divided by."""
-        return self.baseline or reference()
+    def resolved_baseline(self) -> str | None:
+        """Return the name of the backend that times are divided by; None where it is not run."""
+        baseline = self.baseline or reference()
+        return baseline if baseline in {choice.name for choice in self.resolved_backends()} else None
 
     def to_yaml(self) -> str:
         """Return the experiment as YAML, defaults filled in; reading it back gives the same experiment."""
@@ -112,7 +113,7 @@ class Experiment(_Frozen):
         resolved = self.model_copy(
             update={"backends": self.resolved_backends(), "baseline": self.resolved_baseline()},
         )
-        return yaml.safe_dump(plain(resolved), sort_keys=False, allow_unicode=True)
+        return write(plain(resolved))
 
 
 def load_experiment(file: str | Path, assignments: Sequence[str] = (), only: Sequence[str] = ()) -> Experiment:
@@ -128,7 +129,8 @@ def load_experiment(file: str | Path, assignments: Sequence[str] = (), only: Seq
     """
     source = read(file)
     if not isinstance(source.data, dict):
-        raise ConfigError(f"{source.place(())}: expected keys such as 'model', found a {_kind(source.data)}")
+        expected = "expected keys such as 'model', 'data' and 'loss'"
+        raise ConfigError(f"{source.place(())}: {expected}, found {_kind(source.data)}")
     for assignment in assignments:
         source.replace(assignment)
     try:
@@ -157,20 +159,25 @@ def _keep(experiment: Experiment, only: Sequence[str]) -> Experiment:
     names = {c.name for c in chosen}
     for name in only:
         if name not in names:
-            raise ConfigError(f"--only: {unknown('backend', name, names)} in this experiment")
-    return experiment.model_copy(update={"backends": tuple(c for c in chosen if c.name in only)})
+            raise ConfigError(f"--only: {unknown('backend', name, names)} {HERE}")
+    kept = tuple(c for c in chosen if c.name in only)
+    expect = {b: status for b, status in experiment.expect.items() if b in {n for c in kept for n in (c.name, str(c))}}
+    baseline = experiment.baseline if experiment.baseline in only else None
+    return experiment.model_copy(update={"backends": kept, "baseline": baseline, "expect": expect})
 
 
 def _first_problem(error: ValidationError, source: Source) -> str:
-    """Return the first of pydantic's errors as one line with its place."""
-    problem: Any = error.errors()[0]
+    """Return the first of pydantic's errors as one line with its place; a key that is misspelt is not missing."""
+    problems: Any = error.errors()
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     path: KeyPath = tuple(problem["loc"])
     if problem["type"] == "extra_forbidden":
         owner = Timing if path[0] == "timing" else Experiment
         known = list(owner.model_fields)
         asked = f"unknown key '{path[-1]}'{did_you_mean(path[-1], known)}; allowed: {', '.join(known)}"
         return f"{source.place(path, key=True)}: {asked}"
-    return f"{source.place(path)}: {explain(problem).replace('value error, ', '')}"
+    hint = f": {Experiment.model_fields[str(path[0])].description}" if problem["type"] == "missing" else ""
+    return f"{source.place(path)}: {explain(problem)}{hint}"
 
 
 def _check_names(experiment: Experiment, source: Source) -> None:
@@ -191,12 +198,14 @@ def _check_names(experiment: Experiment, source: Source) -> None:
         if choice.name not in QUANTITIES:
             raise ConfigError(f"{place}: {unknown('quantity', choice.name, QUANTITIES)}")
         _refuse_bad_option("quantity", choice, getattr(Backend, choice.name), ("quantities", i), source)
+        if choice in experiment.quantities[:i]:
+            raise ConfigError(f"{place}: quantity '{choice}' is listed twice")
     names = [c.name for c in experiment.resolved_backends()]
     if experiment.baseline and experiment.baseline not in names:
-        raise ConfigError(f"{source.place(('baseline',))}: {unknown('baseline', experiment.baseline, names)}")
+        raise ConfigError(f"{source.place(('baseline',))}: {unknown('baseline', experiment.baseline, names)} {HERE}")
     for name, status in experiment.expect.items():
         if name not in {*names, *labels}:
-            raise ConfigError(f"{source.place(('expect', name), key=True)}: {unknown('backend', name, names)}")
+            raise ConfigError(f"{source.place(('expect', name), key=True)}: {unknown('backend', name, names)} {HERE}")
         if status not in STATUSES:
             raise ConfigError(f"{source.place(('expect', name))}: {unknown('status', status, STATUSES)}")
 
@@ -224,4 +233,4 @@ def _tuples(value: Any) -> Any:  # noqa: ANN401  recursion over YAML data
 
 
 def _kind(value: object) -> str:
-    return {list: "list", str: "text", bool: "truth value"}.get(type(value), "number")
+    return {type(None): "nothing", list: "a list", str: "text", bool: "a truth value"}.get(type(value), "a number")

@@ -10,26 +10,41 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import yaml
+from yaml.reader import ReaderError
 
 KeyPath: TypeAlias = tuple[str | int, ...]
 
-MAX_BYTES = 1_000_000
+MAX_BYTES = 100_000  # a thousand times an experiment; parsing more than that takes longer than a user waits
 MAX_NODES = 10_000  # after aliases are expanded: a few nested anchors can stand for billions
+MAX_DEPTH = 50  # likewise; Python's own limit of recursion is not far above
 
-_WORDS: dict[str, Any] = {"": None, "~": None, "null": None, "true": True, "false": False}
-_INT = re.compile(r"[-+]?[0-9][0-9_]*")
+_WORDS: dict[str, Any] = {"": None, "~": None}  # and `null`, `true`, `false` as YAML 1.2 spells them
+for _word, _value in {"null": None, "true": True, "false": False}.items():
+    _WORDS |= dict.fromkeys((_word, _word.capitalize(), _word.upper()), _value)
+_INT = re.compile(r"[-+]?[0-9]{1,4000}")  # Python reads no longer ones
+_OTHER_BASE = re.compile(r"0o[0-7]{1,4000}|0x[0-9a-fA-F]{1,4000}")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_NONFINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 
 class ConfigError(Exception):
     """A mistake in an experiment or on the command line: `place: what, found, allowed`, in one line."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+
 
 class Source:
-    """A parsed YAML text: `data`, and where each part of it stands."""
+    """A parsed YAML text: `data`, and where each part of it stands.
 
-    def __init__(self, text: str, name: str) -> None:
-        self.name = name
+    Args:
+        text: The YAML.
+        name: What it is called in errors.
+        located: Whether errors give line and column; those of a value on the command line would help nobody.
+    """
+
+    def __init__(self, text: str, name: str, *, located: bool = True) -> None:
+        self.name, self._located = name, located
         self._keys: dict[KeyPath, yaml.Mark] = {}
         self._values: dict[KeyPath, yaml.Mark] = {}
         self._replaced: dict[KeyPath, str] = {}
@@ -37,15 +52,20 @@ class Source:
         self.data = self._construct(self._parse(text), (), ())
 
     def place(self, path: KeyPath, *, key: bool = False) -> str:
-        """Return `file:line:col` of the value (or the key) at a path, or of what is nearest above it."""
+        """Return `file:line:col` of the value (or the key) at a path, or of what is nearest above it.
+
+        Where `--set` replaced that value, what holds it, or a part of it, the place is that option.
+        """
+        for replaced, option in reversed(self._replaced.items()):
+            common = min(len(replaced), len(path))
+            if path and replaced[:common] == path[:common]:
+                return option
         for length in range(len(path), -1, -1):
             part = path[:length]
-            if part in self._replaced:
-                return self._replaced[part]
             marks = self._keys if key and length == len(path) else self._values
             if part in marks:
                 return self._at(marks[part])
-        return self.name
+        return self._line_and_column(0, 0)
 
     def replace(self, assignment: str) -> None:
         """Apply `KEY=VALUE` from the command line: KEY is dotted, VALUE is YAML."""
@@ -53,52 +73,54 @@ class Source:
         option = f"--set {assignment}"
         if not equals or not key.strip():
             raise ConfigError(f"{option}: expected KEY=VALUE, such as batch_size=32 or timing.rounds=5")
-        value = Source(text, option).data
-        path = tuple(int(part) if part.isdecimal() else part for part in key.strip().split("."))
-        here = self.data
-        for depth, part in enumerate(path[:-1]):
-            if isinstance(here, dict) and not isinstance(here.get(part), dict | list):
+        value = Source(text, option, located=False).data
+        path: KeyPath = ()
+        here: Any = {"": self.data}
+        inside: str | int = ""
+        for part in key.strip().split("."):
+            if not isinstance(here[inside], dict | list):
                 # `--set data.random.classes=3` on `data: random` gives the name its options
-                here[part] = {here[part]: {}} if isinstance(here.get(part), str) else {}
-            try:
-                here = here[part]
-            except (KeyError, IndexError, TypeError):
-                raise ConfigError(f"{option}: there is no '{'.'.join(map(str, path[: depth + 1]))}'") from None
-        try:
-            here[path[-1]] = value
-        except (IndexError, TypeError):
-            raise ConfigError(f"{option}: there is no '{'.'.join(map(str, path))}'") from None
+                here[inside] = {here[inside]: {}} if isinstance(here[inside], str) else {}
+            here = here[inside]
+            inside = int(part) if isinstance(here, list) and part.isdecimal() else part
+            path = (*path, inside)
+            if isinstance(here, dict):
+                here.setdefault(inside, None)
+            elif not (isinstance(inside, int) and inside < len(here)):
+                raise ConfigError(f"{option}: there is no '{'.'.join(map(str, path))}'")
+        here[inside] = value
         self._replaced[path] = option
 
-    def _parse(self, text: str) -> yaml.Node:
+    def _parse(self, text: str) -> yaml.Node | None:
         try:
             documents = list(_first_two(yaml.compose_all(text, Loader=yaml.BaseLoader)))
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             place = self._at(mark) if mark else self.name
             raise ConfigError(f"{place}: not YAML: {error.problem or error.context}") from None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{self.name}: not YAML: {str(error).splitlines()[0]}") from None
+        except ReaderError as error:
+            before = text[: error.position]
+            place = self._line_and_column(before.count("\n"), len(before) - before.rfind("\n") - 1)
+            raise ConfigError(f"{place}: not YAML: a control character ({chr(error.character)!r})") from None
         except RecursionError:
-            raise ConfigError(f"{self.name}: nested too deeply") from None
-        if not documents or documents[0] is None:
-            raise ConfigError(f"{self.name}: the file is empty; expected keys such as 'model', 'data' and 'loss'")
+            raise ConfigError(f"{self.name}: nested too deeply; at most {MAX_DEPTH} levels are allowed") from None
         if len(documents) > 1:
             raise ConfigError(f"{self._at(documents[1].start_mark)}: a second document; one file holds one experiment")
-        return documents[0]
+        return documents[0] if documents else None
 
-    def _construct(self, node: yaml.Node, path: KeyPath, above: tuple[yaml.Node, ...]) -> Any:  # noqa: ANN401  YAML data
+    def _construct(self, node: yaml.Node | None, path: KeyPath, above: tuple[yaml.Node, ...]) -> Any:  # noqa: ANN401
+        if node is None:
+            return None
         self._values.setdefault(path, node.start_mark)
         self._nodes += 1
         place = self._at(node.start_mark)
         if self._nodes > MAX_NODES:
-            raise ConfigError(f"{place}: aliases expand to more than {MAX_NODES} nodes")
+            raise ConfigError(f"{place}: more than {MAX_NODES} values, aliases expanded")
         if node in above:
             raise ConfigError(f"{place}: an alias refers to what contains it")
-        if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.split(":")[-1] not in ("str", "seq", "map"):
-            raise ConfigError(
-                f"{place}: the tag '{node.tag}' is not allowed; an experiment holds names, numbers and lists"
-            )
+        if len(above) > MAX_DEPTH:
+            raise ConfigError(f"{place}: nested too deeply; at most {MAX_DEPTH} levels are allowed")
+        self._refuse_tag(node)
         above = (*above, node)
         if isinstance(node, yaml.SequenceNode):
             return [self._construct(item, (*path, i), above) for i, item in enumerate(node.value)]
@@ -112,6 +134,7 @@ class Source:
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise ConfigError(f"{self._at(key_node.start_mark)}: a key must be a name")
+            self._refuse_tag(key_node)
             key = key_node.value
             if key in found:
                 first = self._keys[(*path, key)].line + 1
@@ -120,8 +143,18 @@ class Source:
             found[key] = self._construct(value_node, (*path, key), above)
         return found
 
+    def _refuse_tag(self, node: yaml.Node) -> None:
+        kind = node.tag.removeprefix("tag:yaml.org,2002:")
+        if kind not in ("str", "seq", "map"):
+            tag = kind if kind == node.tag else f"!!{kind}"
+            place = self._at(node.start_mark)
+            raise ConfigError(f"{place}: the tag '{tag}' is not allowed; an experiment holds names, numbers and lists")
+
     def _at(self, mark: yaml.Mark) -> str:
-        return f"{self.name}:{mark.line + 1}:{mark.column + 1}"
+        return self._line_and_column(mark.line, mark.column)
+
+    def _line_and_column(self, line: int, column: int) -> str:
+        return f"{self.name}:{line + 1}:{column + 1}" if self._located else self.name
 
 
 def read(file: str | Path) -> Source:
@@ -131,15 +164,17 @@ def read(file: str | Path) -> Source:
         ConfigError: It cannot be read, or is not the YAML of an experiment.
     """
     path = Path(file)
-    if path.is_dir():
-        raise ConfigError(f"{file}: is a directory, expected a YAML file")
     try:
-        if path.stat().st_size > MAX_BYTES:
+        with path.open("rb") as opened:
+            content = opened.read(MAX_BYTES + 1)  # a device or a pipe has no size to ask for
+        if len(content) > MAX_BYTES:
             raise ConfigError(f"{file}: larger than {MAX_BYTES} bytes, expected an experiment in YAML")
-        text = path.read_bytes().decode()
+        text = content.decode()
     except FileNotFoundError:
-        near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        near = sorted(map(str, path.parent.glob("*.yaml"))) or sorted(map(str, Path("experiments").glob("*.yaml")))
         raise ConfigError(f"{file}: no such file{'; there are ' + ', '.join(near) if near else ''}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{file}: is a directory, expected a YAML file") from None
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -147,11 +182,31 @@ def read(file: str | Path) -> Source:
     return Source(text, str(file))
 
 
+def write(data: Any) -> str:  # noqa: ANN401  YAML data
+    """Return plain data as YAML that `read` reads as the same data."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes, beside what PyYAML quotes, the text that YAML 1.2 reads as something else, such as "1e-5"."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if _scalar(text) == text else "'")
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
 def _scalar(text: str) -> Any:  # noqa: ANN401  the point is to find the type
     if text in _WORDS:
         return _WORDS[text]
     if _INT.fullmatch(text):
         return int(text)
+    if _OTHER_BASE.fullmatch(text):
+        return int(text, 0)
+    if _NONFINITE.fullmatch(text):
+        return float(text.replace(".", ""))
     return float(text) if _FLOAT.fullmatch(text) else text
 
 
