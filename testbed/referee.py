@@ -5,7 +5,7 @@ The truth is what the reference backend computes in float64; the yardstick is wh
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from testbed import diagnosis
 from testbed.agreement import PER_SAMPLE, Agreement, Calibrated, Draw, Result, Rows, Rule, as_rows
 from testbed.problems import Problem
 
+FEW = 16
 INDEPENDENT = ("grads", "norms")  # quantities where a sample's row depends on that sample only
 
 
@@ -40,19 +41,22 @@ class Referee:
     """Holds truth and yardstick of one quantity on a problem's batch, or on its fresh one; computed when first asked.
 
     Attributes:
-        wide: The problem in float64.
+        wide: The problem in float64, for the truth.
+        few: The same with at most `FEW` of the samples: question 1 is about logic, which a few samples show, and
+            float64 results of a whole batch are large.
     """
 
     def __init__(self, problem: Problem, quantity: str, options: Mapping[str, Any], rule: Rule) -> None:
         self.problem, self.quantity, self.options, self.rule = problem, quantity, dict(options), rule
         self.wide = problem.to(torch.float64)
-        self._known: dict[tuple[bool, bool], Result] = {}
+        self.few = few_samples(self.wide)
+        self._known: dict[tuple[str, bool], Result] = {}
 
     def same_function(self, result: object) -> Finding:
-        """Ask question 1 of a float64 result on `wide`."""
-        truth = self.truth()
+        """Ask question 1 of a float64 result on `few`."""
+        truth = self._reference("few", self.few, fresh=False)
         rule = self.rule if isinstance(self.rule, Calibrated) else Calibrated()
-        draw = self._draw(self.wide, fresh=False)
+        draw = self._draw(self.few, fresh=False)
         per_sample = self.quantity in PER_SAMPLE
 
         def judge(rows: Rows, right: Rows) -> Agreement:
@@ -73,11 +77,11 @@ class Referee:
 
     def truth(self, *, fresh: bool = False) -> Result:
         """Return what the reference computes in float64."""
-        return self._reference(self.wide, fresh)
+        return self._reference("wide", self.wide, fresh)
 
     def yardstick(self, *, fresh: bool = False) -> Result:
         """Return what the reference computes in the run's dtype."""
-        return self._reference(self.problem, fresh)
+        return self._reference("run", self.problem, fresh)
 
     def _find(self, result: Any, truth: Result, form: Result, judge: Callable[[Rows, Rows], Agreement]) -> Finding:  # noqa: ANN401  a backend may return anything
         if wrong := diagnosis.wrong_form(result, form):
@@ -90,8 +94,8 @@ class Referee:
             return Finding("ok", agreement=agreement)
         return Finding("disagrees", diagnosis.explain(rows, right, self.quantity), agreement)
 
-    def _reference(self, problem: Problem, fresh: bool) -> Result:
-        key = (problem is self.wide, fresh)
+    def _reference(self, what: str, problem: Problem, fresh: bool) -> Result:
+        key = (what, fresh)
         if key not in self._known:
             for old in [k for k in self._known if k[1] != fresh]:
                 del self._known[old]  # the results on two batches of a large problem need not fit together
@@ -126,6 +130,14 @@ class Referee:
             return {name: t[rows] for name, t in found.items()}
 
         return draw
+
+
+def few_samples(problem: Problem) -> Problem:
+    """Return the problem with a random choice of its samples, the same one at every call."""
+    if problem.n <= FEW:
+        return problem
+    index = torch.randperm(problem.n, generator=torch.Generator().manual_seed(0))[:FEW].to(problem.device)
+    return replace(problem, inputs=take(problem.inputs, index), targets=take(problem.targets, index))
 
 
 def batch_of(problem: Problem, fresh: bool) -> tuple[Batch, Tensor]:

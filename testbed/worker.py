@@ -114,9 +114,9 @@ class Worker:
         return timing.limit(counter.get_total_flops(), written, peak, bandwidth).plain()
 
     def _ask_same_function(self, backend: Backend, outcome: Outcome) -> None:
-        wide = self.referee.wide
-        fn = getattr(backend, self.quantity)(wide.model, wide.loss_fn, **self.options)
-        outcome.take("same_function", self.referee.same_function(fn(wide.inputs, wide.targets)))
+        few = self.referee.few
+        fn = getattr(backend, self.quantity)(few.model, few.loss_fn, **self.options)
+        outcome.take("same_function", self.referee.same_function(fn(few.inputs, few.targets)))
 
     def _ask_precision(self, cell: Cell, backend: Backend, outcome: Outcome) -> None:
         p = self.problem

@@ -1,5 +1,6 @@
 """What every test shares: one thread's worth of determinism, and a truth for each case that is computed once."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -12,6 +13,10 @@ from backends import available, get_backend, reference
 from backends.base import BACKENDS, Unsupported
 from testbed.problems import DATA, LOSSES, MODELS
 from tests.cases import Case, cases
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
 
 
 @cache

@@ -63,6 +63,7 @@ class Report:
         for table in self.tables():
             console.print(Text(table.title, style="bold"))
             console.print(_grid(table, stacked=_width(table) > console.width))
+            console.print()
             for note in table.notes:
                 console.print(Text(f"• {note}"))
             console.print()

@@ -1,0 +1,1 @@
+"""Benchmarks: skipped in the default test run, see the README for the command."""
