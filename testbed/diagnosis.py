@@ -1,80 +1,28 @@
 """A disagreement, explained: given only the result and the truth, one sentence that says what is wrong.
 
-`wrong_form` looks at names and shapes, `nonfinite` for NaN and infinity, `explain` at the numbers: it tries the
-explanations in order and takes the first that leaves less than a tenth of the error unexplained.
+`explain` tries explanations in order and takes the first that leaves less than a tenth of the error unexplained; what
+is wrong in one parameter or in some samples only is explained there. `explain_calls` looks at several calls.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from testbed.agreement import PER_SAMPLE, Result, Rows, norms
+from testbed.agreement import PER_SAMPLE, Rows
+from testbed.form import shown, which
 
-SHOWN = 3  # names or rows in a sentence
 UNEXPLAINED = 0.1  # share of the error that an explanation may leave
-
-
-def wrong_form(result: object, truth: Result) -> str | None:
-    """Return what is wrong with the form of a result: its type, names, shapes or graph; None if nothing is.
-
-    Args:
-        result: What a backend returned.
-        truth: What has the right form.
-    """
-    if isinstance(truth, Tensor):
-        if not isinstance(result, Tensor):
-            return f"the result is a {type(result).__name__}, not a tensor {list(truth.shape)}"
-        return _wrong_tensor("the result", result, truth)
-    if not isinstance(result, Mapping):
-        return f"the result is a {type(result).__name__}, not {{parameter name: tensor}}"
-    missing, extra = [n for n in truth if n not in result], [n for n in result if n not in truth]
-    if missing and len(missing) == len(extra):
-        pairs = _shown([f"`{a}` for `{b}`" for a, b in zip(extra, missing, strict=True)])
-        return f"parameters are renamed: {pairs}"
-    if missing:
-        return f"{len(missing)} of {len(truth)} parameters are missing: {_shown([f'`{n}`' for n in missing])}"
-    if extra:
-        return f"there are extra parameters: {_shown([f'`{n}`' for n in extra])}"
-    wrong = [_wrong_tensor(f"`{name}`", result[name], t) for name, t in truth.items()]
-    return next((w for w in wrong if w), None)
-
-
-def _wrong_tensor(what: str, found: object, truth: Tensor) -> str | None:
-    if not isinstance(found, Tensor):
-        return f"{what} is a {type(found).__name__}, not a tensor"
-    if found.shape != truth.shape:
-        why = ""
-        if found.dim() == truth.dim() and sorted(found.shape) == sorted(truth.shape):
-            why = " (transposed)"
-        elif tuple(found.shape) == tuple(truth.shape[1:]):
-            why = " (the samples' axis is missing: summed or averaged over the batch)"
-        return f"{what} has shape {list(found.shape)}, not {list(truth.shape)}{why}"
-    if found.dtype != truth.dtype:
-        return f"{what} has dtype {_dtype(found)}, not {_dtype(truth)}"
-    if found.requires_grad:
-        return f"{what} still owns a graph; results are detached"
-    if found.device != truth.device:
-        return f"{what} is on {found.device}, the model on {truth.device}"
-    return None
-
-
-def _dtype(t: Tensor) -> str:
-    return str(t.dtype).removeprefix("torch.")
-
-
-def nonfinite(result: Rows, truth: Rows) -> str | None:
-    """Return where a result is NaN or infinite though the truth is not; None where it is finite."""
-    if norms(result).isfinite().all():  # cheaper than looking at every number
-        return None
-    bad = {name: ~t.isfinite() & truth[name].isfinite() for name, t in result.items()}
-    names = [f"`{name}`" for name, b in bad.items() if b.any()]
-    if not names:
-        return None
-    rows = torch.stack([b.any(1) for b in bad.values()]).any(0)
-    return f"nonfinite numbers in {_shown(names)}, {_which(rows)}"
+EXACT = 0.05  # of that, for explanations that come close to a plain factor
+SCATTER = 30.0  # rounding noise differs by less than this between samples; errors of logic are often in few
+SHORT = {  # formats that a result may have been rounded to or computed in, with their unit roundoff
+    "bfloat16": (torch.bfloat16, 2.0**-8),
+    "TF32 or float16": (torch.float16, 2.0**-11),
+    "float32": (torch.float32, 2.0**-24),
+}
 
 
 @dataclass(frozen=True)
@@ -85,11 +33,15 @@ class Difference:
         g: The result, float64.
         t: The truth, float64.
         quantity: Of what, since it says what a row is.
+        sizes: Numbers that a factor may be one over, with what they are: {"the batch size": 64}.
+        others: Wrong results that are often meant instead, by what they are: {"the unclipped sum": rows}.
     """
 
     g: Rows
     t: Rows
     quantity: str
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    others: Mapping[str, Rows] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -112,33 +64,52 @@ class Difference:
         g, t = self.flat
         return UNEXPLAINED * float((g - t).norm())
 
-    def fits(self, explained: Tensor) -> bool:
-        """Return whether `explained` [R, all] is the result, but for a small share of the error."""
-        return bool((self.flat[0] - explained).norm() <= self.tolerance)
+    def fits(self, explained: Tensor, share: float = 1.0) -> bool:
+        """Return whether `explained` [R, all] is the result, but for a share of what may be left open."""
+        return bool((self.flat[0] - explained).norm() <= share * self.tolerance)
 
-    def only(self, names: Sequence[str]) -> "Difference":
-        """Return the difference in these parameters."""
-        return Difference({k: self.g[k] for k in names}, {k: self.t[k] for k in names}, self.quantity)
-
-    def at(self, rows: Tensor) -> "Difference":
-        """Return the difference in these rows."""
-        g, t = ({k: x[rows] for k, x in some.items()} for some in (self.g, self.t))
-        return Difference(g, t, self.quantity)
+    def part(self, names: Sequence[str], rows: Tensor | slice = slice(None)) -> "Difference":
+        """Return the difference in these parameters and rows."""
+        g, t = ({k: some[k][rows] for k in names} for some in (self.g, self.t))
+        return Difference(g, t, self.quantity, self.sizes)
 
 
 Explanation = Callable[[Difference], str | None]
 
 
-def explain(result: Rows, truth: Rows, quantity: str) -> str:
+def explain(
+    result: Rows,
+    truth: Rows,
+    quantity: str,
+    sizes: Mapping[str, int] | None = None,
+    others: Mapping[str, Rows] | None = None,
+) -> str:
     """Return one sentence that says how a result of the right form differs from the truth.
 
     Args:
         result: The rows that disagree, any dtype.
         truth: The right ones, float64.
         quantity: Of what, since it says what a row is.
+        sizes: Numbers that a factor may be one over, with what they are.
+        others: Wrong results that are often meant instead, by what they are.
     """
     g, t = ({name: rows[name].double() for name in truth} for rows in (result, truth))
-    return _explain(Difference(g, t, quantity))
+    wide = {what: {name: rows[name].double() for name in truth} for what, rows in (others or {}).items()}
+    return _explain(Difference(g, t, quantity, sizes or {}, wide))
+
+
+def explain_calls(results: Sequence[Rows], truth: Rows) -> str | None:
+    """Return what is wrong with three calls on the same data: they drift, or are random; None if they are the same."""
+    flat = [torch.cat([r[name].double() for name in truth], 1) for r in results]
+    right = torch.cat(list(truth.values()), 1).double()
+    steps = [b - a for a, b in pairwise(flat)]
+    if all(step.norm() <= UNEXPLAINED * (flat[0] - right).norm() for step in steps):
+        return None
+    same_way = torch.nn.functional.cosine_similarity(steps[0].flatten(), steps[1].flatten(), dim=0)
+    farther = [float((x - right).norm()) for x in flat]
+    if same_way > 0.9 and farther == sorted(farther):
+        return "drifts: every call on the same data is farther from the truth"
+    return "random or changing: calls on the same data differ"
 
 
 def _explain(d: Difference) -> str:
@@ -155,9 +126,12 @@ def _scaled(d: Difference) -> str | None:
     if not t.any():
         return None
     factor = float((g * t).sum() / (t * t).sum())
-    if not d.fits(factor * t):
-        return None
-    return f"{d.subject} is {_times(factor, d.rows if d.quantity in PER_SAMPLE else None)} the truth"
+    return f"{d.subject} is {_times(factor, d.sizes)}" if d.fits(factor * t) else None
+
+
+def _meant(d: Difference) -> str | None:
+    flat = {what: torch.cat([rows[k] for k in d.t], 1) for what, rows in d.others.items()}
+    return next((f"{d.subject} is {what}" for what, rows in flat.items() if d.fits(rows, EXACT)), None)
 
 
 def _equal_rows(d: Difference) -> str | None:
@@ -176,27 +150,57 @@ def _permuted(d: Difference) -> str | None:
     g, t = d.flat
     if d.quantity not in ("grads", "norms") or d.rows < 2:
         return None
-    source = torch.cdist(g, t).argmin(1)
-    here = torch.arange(d.rows, device=source.device)
-    if len(source.unique()) != d.rows or torch.equal(source, here) or not d.fits(t[source]):
-        return None
-    shifts = ((source - here) % d.rows).unique()
-    if torch.equal(source, here.flip(0)):
+    source = torch.arange(d.rows, device=g.device)
+    moved = ((g - t).norm(dim=1) > d.tolerance / d.rows**0.5).nonzero().flatten()
+    source[moved] = moved[torch.cdist(g[moved], t[moved]).argmin(1)]
+    shift = int(source[0]) or 1
+    if d.fits(t.flip(0)):
         how = "in reverse order"
-    elif len(shifts) == 1:
-        how = f"row i is sample i + {int(shifts)}, round the end"
+    elif d.fits(t.roll(-shift, 0)):
+        how = f"row i is sample i + {shift}, round the end"
+    elif len(source.unique()) == d.rows and len(moved) and d.fits(t[source]):
+        how = shown([f"row {i} is sample {int(source[i])}" for i in moved])
     else:
-        how = _shown([f"row {i} is sample {int(source[i])}" for i in (source != here).nonzero().flatten()])
+        return None
     return f"the samples are permuted: {how}"
 
 
-def _one_parameter(d: Difference) -> str | None:
+def _low_precision(d: Difference) -> str | None:
+    """Explain errors that are spread evenly and as large as a short format's rounding."""
+    g, t = d.flat
+    error = float((g - t).norm() / t.norm()) if t.any() else torch.inf
+    for name, (dtype, u) in SHORT.items():
+        if error < 8 * u and torch.equal(g.to(dtype).double(), g) and not torch.equal(t.to(dtype).double(), t):
+            return f"{d.subject} is rounded to {name}: off by {error:.1g} of the norm"
+    rows = (g - t).norm(dim=1) / t.norm(dim=1).clamp_min(torch.finfo(t.dtype).tiny)
+    if float(rows.max()) > SCATTER * float(rows.median()):
+        return None
+    for name, (_, u) in SHORT.items():
+        if u / 3 < error < 12 * u:
+            return f"noise of about {error:.1g} of the norm in {d.subject}, as arithmetic in {name} gives"
+    return None
+
+
+def _row_factors(d: Difference) -> str | None:
+    """Explain gradients that are scaled sample by sample, or sample by sample and parameter by parameter."""
+    g, t = d.flat
+    if d.quantity != "grads" or d.rows < 2:
+        return None
+    if d.fits((factors := _factors(g, t)) * t):
+        span = f"{float(factors.min()):.3g} to {float(factors.max()):.3g}"
+        return f"every sample is scaled by a factor of its own ({span}), as clipping does"
+    if len(d.t) > 1 and d.fits(torch.cat([_factors(d.g[k], d.t[k]) * d.t[k] for k in d.t], 1)):
+        return "every parameter of every sample is scaled by a factor of its own, as clipping per layer does"
+    return None
+
+
+def _some_parameters(d: Difference) -> str | None:
     errors = {k: float((d.g[k] - d.t[k]).norm()) for k in d.t}
     wrong = [k for k, error in errors.items() if error > d.tolerance / len(errors) ** 0.5]
     if not wrong or len(wrong) > len(errors) / 2:
         return None
-    names = _shown([f"`{k}`" for k in wrong])
-    return f"only {names} of {len(errors)} parameters: {_explain(d.only(wrong))}"
+    names = shown([f"`{k}`" for k in wrong])
+    return f"only {names} of {len(errors)} parameters: {_explain(d.part(wrong))}"
 
 
 def _some_samples(d: Difference) -> str | None:
@@ -204,22 +208,40 @@ def _some_samples(d: Difference) -> str | None:
     wrong = (g - t).norm(dim=1) > d.tolerance / d.rows**0.5
     if d.quantity not in ("grads", "norms") or not wrong.any() or int(wrong.sum()) > d.rows / 2:
         return None
-    return f"only {_which(wrong)}: {_explain(d.at(wrong.nonzero().flatten()))}"
+    return f"only {which(wrong)}: {_explain(d.part(list(d.t), wrong.nonzero().flatten()))}"
 
 
-EXPLANATIONS: tuple[Explanation, ...] = (_zeros, _scaled, _equal_rows, _permuted, _one_parameter, _some_samples)
+EXPLANATIONS: tuple[Explanation, ...] = (
+    _zeros,
+    _meant,
+    _scaled,
+    _equal_rows,
+    _permuted,
+    _some_parameters,
+    _some_samples,
+    _low_precision,
+    _row_factors,
+)
 
 
-def _times(factor: float, n: int | None) -> str:
-    """Return a factor in words that follow "is" and precede "the truth": "1/64 of", "2 times", "the negative of"."""
+def _factors(g: Tensor, t: Tensor) -> Tensor:
+    """Return the factor [R, 1] of each row that brings `t` nearest to `g`."""
+    return (g * t).sum(1, keepdim=True) / (t * t).sum(1, keepdim=True).clamp_min(torch.finfo(t.dtype).tiny)
+
+
+def _times(factor: float, sizes: Mapping[str, int]) -> str:
+    """Return a factor in words: "1/64 of the truth (one over the batch size)", "2 times the truth"."""
     if abs(factor + 1) < 0.01:
-        return "the negative of"
+        return "the negative of the truth"
+    for what, size in sizes.items():
+        if size > 1 and abs(factor * size - 1) < 0.01:
+            return f"1/{size} of the truth (one over {what})"
+        if size > 1 and abs(factor / size - 1) < 0.01:
+            return f"{size} times the truth ({what})"
     inverse = round(1 / factor) if 0 < factor < 1 else 0
     if inverse > 1 and abs(factor * inverse - 1) < 0.01:
-        return f"1/{inverse} of"
-    if n and n > 1 and abs(factor / n - 1) < 0.01:
-        return f"{n} times"
-    return f"{factor:.6g} times"
+        return f"1/{inverse} of the truth"
+    return f"{factor:.6g} times the truth"
 
 
 def _worst(d: Difference) -> str:
@@ -229,13 +251,3 @@ def _worst(d: Difference) -> str:
     row = int(errors[name].argmax())
     where = f"`{name}`, sample {row}" if d.quantity in PER_SAMPLE else f"`{name}`"
     return f"worst at {where}, off by {float(errors[name][row]):.2g} of its norm"
-
-
-def _which(rows: Tensor) -> str:
-    index = rows.nonzero().flatten().tolist()
-    return "every sample" if len(index) == len(rows) else f"{len(index)} of {len(rows)} samples ({_shown(index)})"
-
-
-def _shown(items: Sequence[object]) -> str:
-    more = len(items) - SHOWN
-    return ", ".join(str(item) for item in items[:SHOWN]) + (f" and {more} more" if more > 0 else "")

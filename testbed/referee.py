@@ -6,7 +6,7 @@ The truth is what the reference backend computes in float64; the yardstick is wh
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,9 +14,14 @@ from torch import Tensor
 from backends import get_backend, reference
 from backends.base import LossFn
 from backends.batch import Batch, apply, take
-from testbed import diagnosis
 from testbed.agreement import PER_SAMPLE, Agreement, Calibrated, Draw, Result, Rows, Rule, as_rows
+from testbed.diagnosis import explain, explain_calls
+from testbed.form import nonfinite, wrong_form
+from testbed.mistakes import often_meant
 from testbed.problems import Problem
+
+Again: TypeAlias = Callable[[], Any]
+"""The same call once more."""
 
 FEW = 16
 INDEPENDENT = ("grads", "norms")  # quantities where a sample's row depends on that sample only
@@ -52,8 +57,8 @@ class Referee:
         self.few = few_samples(self.wide)
         self._known: dict[tuple[str, bool], Result] = {}
 
-    def same_function(self, result: object) -> Finding:
-        """Ask question 1 of a float64 result on `few`."""
+    def same_function(self, result: object, again: Again | None = None) -> Finding:
+        """Ask question 1 of a float64 result on `few`; `again` repeats the call, to explain a disagreement."""
         truth = self._reference("few", self.few, fresh=False)
         rule = self.rule if isinstance(self.rule, Calibrated) else Calibrated()
         draw = self._draw(self.few, fresh=False)
@@ -62,10 +67,10 @@ class Referee:
         def judge(rows: Rows, right: Rows) -> Agreement:
             return rule.is_same_function(rows, right, draw, per_sample=per_sample)
 
-        return self._find(result, truth, truth, judge)
+        return self._find(result, truth, truth, judge, self.few, again)
 
-    def precision(self, result: object, *, fresh: bool = False) -> Finding:
-        """Ask question 2 of a result in the run's dtype."""
+    def precision(self, result: object, again: Again | None = None, *, fresh: bool = False) -> Finding:
+        """Ask question 2 of a result in the run's dtype; `again` repeats the call, to explain a disagreement."""
         yardstick = self.yardstick(fresh=fresh)
         draw = self._draw(self.problem, fresh)
         per_sample = self.quantity in PER_SAMPLE
@@ -73,7 +78,7 @@ class Referee:
         def judge(rows: Rows, right: Rows) -> Agreement:
             return self.rule.judge(rows, right, as_rows(yardstick, self.quantity), draw, per_sample=per_sample)
 
-        return self._find(result, self.truth(fresh=fresh), yardstick, judge)
+        return self._find(result, self.truth(fresh=fresh), yardstick, judge, self.wide, again, fresh)
 
     def truth(self, *, fresh: bool = False) -> Result:
         """Return what the reference computes in float64."""
@@ -83,16 +88,36 @@ class Referee:
         """Return what the reference computes in the run's dtype."""
         return self._reference("run", self.problem, fresh)
 
-    def _find(self, result: Any, truth: Result, form: Result, judge: Callable[[Rows, Rows], Agreement]) -> Finding:  # noqa: ANN401  a backend may return anything
-        if wrong := diagnosis.wrong_form(result, form):
+    def _find(
+        self,
+        result: Any,  # noqa: ANN401  a backend may return anything
+        truth: Result,
+        form: Result,
+        judge: Callable[[Rows, Rows], Agreement],
+        problem: Problem,
+        again: Again | None,
+        fresh: bool = False,
+    ) -> Finding:
+        if wrong := wrong_form(result, form):
             return Finding("disagrees", wrong)
         rows, right = as_rows(result, self.quantity), as_rows(truth, self.quantity)
-        if bad := diagnosis.nonfinite(rows, right):
+        if bad := nonfinite(rows, right):
             return Finding("nonfinite", bad)
         agreement = judge(rows, right)
         if agreement.agrees:
             return Finding("ok", agreement=agreement)
-        return Finding("disagrees", diagnosis.explain(rows, right, self.quantity), agreement)
+        if again and (unsteady := explain_calls([rows, *(as_rows(again(), self.quantity) for _ in "ab")], right)):
+            return Finding("disagrees", unsteady, agreement)
+        others = self._often_meant(problem, fresh)
+        return Finding("disagrees", explain(rows, right, self.quantity, sizes(problem), others), agreement)
+
+    def _often_meant(self, problem: Problem, fresh: bool) -> dict[str, Rows]:
+        """Return what else people compute under the quantity's name, to recognise it."""
+        if self.quantity == "grads":
+            return {}
+        fn = get_backend(reference()).grads(problem.model, problem.loss_fn)
+        found = often_meant(self.quantity, self.options, fn(*batch_of(problem, fresh)))
+        return {what: as_rows(other, self.quantity) for what, other in found.items()}
 
     def _reference(self, what: str, problem: Problem, fresh: bool) -> Result:
         key = (what, fresh)
@@ -130,6 +155,15 @@ class Referee:
             return {name: t[rows] for name, t in found.items()}
 
         return draw
+
+
+def sizes(problem: Problem) -> dict[str, int]:
+    """Return the numbers that a wrong factor may come from, by name."""
+    found = {"the batch size": problem.n}
+    if problem.targets.dim() > 1:
+        tokens = problem.targets[0].numel()
+        found |= {"the number of targets a sample": tokens, "the number of targets in the batch": tokens * problem.n}
+    return found
 
 
 def few_samples(problem: Problem) -> Problem:

@@ -94,9 +94,13 @@ class Worker:
     def finish(self, cell: Cell, outcome: Outcome) -> None:
         """Measure memory, and ask again on data that the function has not seen."""
         fn, p = self.functions[cell.label], self.problem
+
+        def again() -> object:
+            return fn(p.fresh_inputs, p.fresh_targets)
+
         try:
             outcome.memory = memory.peak(lambda: fn(p.inputs, p.targets), p.device)
-            outcome.take("again", self.referee.precision(fn(p.fresh_inputs, p.fresh_targets), fresh=True))
+            outcome.take("again", self.referee.precision(again(), again, fresh=True))
             if outcome.status != "ok":
                 outcome.diagnosis = outcome.reason = f"after timing, on fresh data: {outcome.diagnosis}"
         except Exception as error:
@@ -116,7 +120,11 @@ class Worker:
     def _ask_same_function(self, backend: Backend, outcome: Outcome) -> None:
         few = self.referee.few
         fn = getattr(backend, self.quantity)(few.model, few.loss_fn, **self.options)
-        outcome.take("same_function", self.referee.same_function(fn(few.inputs, few.targets)))
+
+        def again() -> object:
+            return fn(few.inputs, few.targets)
+
+        outcome.take("same_function", self.referee.same_function(again(), again))
 
     def _ask_precision(self, cell: Cell, backend: Backend, outcome: Outcome) -> None:
         p = self.problem
@@ -124,7 +132,7 @@ class Worker:
         fn, outcome.phases["prepare_s"] = _timed(lambda: method(p.model, p.loss_fn, **self.options), p.device)
         self.functions[cell.label] = fn
         result, outcome.phases["first_call_s"] = _timed(lambda: fn(p.inputs, p.targets), p.device)
-        outcome.take("precision", self.referee.precision(result))
+        outcome.take("precision", self.referee.precision(result, lambda: fn(p.inputs, p.targets)))
 
     def _blame_for_changes(self, outcome: Outcome) -> None:
         change = self.snapshot.change()

@@ -123,6 +123,7 @@ def cases() -> list[Case]:
                  Functional(lambda s, x: F.linear(s.a(x).tanh(), s.a.weight), a=linear(5, 5)), squares, vectors, values),
             Case("raw parameter", Functional(lambda s, x: s.a(x) * s.scale, a=linear(),
                                              scale=nn.Parameter(torch.randn(4))), squares, vectors, values),
+            Case("scalar parameter", Functional(lambda s, x: s.a(x) * s.scale, a=linear(), scale=nn.Parameter(torch.tensor(0.7))), squares, vectors, values),
             Case("Conv2d padding_mode='reflect'", nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect"), squares, images,
                  values),
             Case("Conv2d padding_mode='circular'", nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular"), squares,

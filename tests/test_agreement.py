@@ -8,7 +8,8 @@ from torch import Tensor
 
 from backends import get_backend
 from testbed.agreement import AllClose, Calibrated, Rows, as_rows
-from testbed.diagnosis import explain, wrong_form
+from testbed.diagnosis import explain
+from testbed.form import wrong_form
 from testbed.problems import Problem, make_problem
 from testbed.referee import Referee
 
