@@ -15,7 +15,7 @@ Nothing here knows backends or YAML: results and truths are tensors, the cloud i
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypeAlias
 
@@ -29,6 +29,9 @@ Result: TypeAlias = Tensor | Mapping[str, Tensor]
 
 Rows: TypeAlias = dict[str, Tensor]
 """A result as {name: [R, numbers]}: R is N where the result has samples, else 1."""
+
+Runs: TypeAlias = Sequence[Rows]
+"""The reference's rows in the run's dtype, once or more: kernels may be nondeterministic."""
 
 Draw: TypeAlias = Callable[[int, float, Tensor], Rows]
 """(k, relative size of the perturbation, rows wanted) -> the reference's rows for them at perturbed inputs."""
@@ -83,8 +86,10 @@ class Rule(ABC):
     same_function: ClassVar[bool] = True  # whether question 1 is asked too
 
     @abstractmethod
-    def judge(self, result: Rows, truth: Rows, yardstick: Rows, draw: Draw, *, per_sample: bool) -> Agreement:
-        """Hold a result in the run's dtype against the float64 truth and the reference in the run's dtype."""
+    def judge(
+        self, result: Rows, truth: Rows, yardsticks: Sequence[Rows], draw: Draw, *, per_sample: bool
+    ) -> Agreement:
+        """Hold a result in the run's dtype against the float64 truth and runs of the reference in that dtype."""
 
 
 @RULES.register("calibrated")
@@ -100,11 +105,15 @@ class Calibrated(Rule):
     factor: float = 4.0
     draws: int = 20
 
-    def judge(self, result: Rows, truth: Rows, yardstick: Rows, draw: Draw, *, per_sample: bool) -> Agreement:
+    def judge(
+        self, result: Rows, truth: Rows, yardsticks: Sequence[Rows], draw: Draw, *, per_sample: bool
+    ) -> Agreement:
         """Answer question 2: is the result as near the float64 truth as its dtype allows?"""
-        u = unit_roundoff(yardstick)
+        u = unit_roundoff(yardsticks[0])
         size = norms(truth)
-        base = torch.maximum(_distance(yardstick, truth), u * torch.maximum(size, _over_parameters(size) / 16))
+        base = u * torch.maximum(size, _over_parameters(size) / 16)
+        for yardstick in yardsticks:
+            base = torch.maximum(base, distance(yardstick, truth))
         found = self._judge("precision", result, truth, base, draw, u, per_sample)
         if not (found.agrees and per_sample):
             return found
@@ -120,7 +129,7 @@ class Calibrated(Rule):
     def _judge(
         self, question: str, result: Rows, truth: Rows, base: Tensor, draw: Draw, u: float, per_sample: bool
     ) -> Agreement:
-        error = _distance(result, truth)
+        error = distance(result, truth)
         excess = error / (self.factor * base).clamp_min(TINY)
         failing = (~(excess <= 1)).any(1).nonzero().flatten()  # NaN fails
         if not len(failing) or len(failing) > max(4, len(base) / 8):
@@ -128,7 +137,7 @@ class Calibrated(Rule):
         some = {name: t[failing] for name, t in truth.items()}
         allowed = base[failing]
         for k in range(self.draws):
-            allowed = torch.maximum(allowed, _distance(draw(k, SIZES[k % len(SIZES)] * u, failing), some))
+            allowed = torch.maximum(allowed, distance(draw(k, SIZES[k % len(SIZES)] * u, failing), some))
         excess[failing] = error[failing] / (self.factor * allowed).clamp_min(TINY)
         excused = tuple(int(i) for i in failing if excess[i].max() <= 1)
         return _answer(question, excess, error, truth, excused if per_sample else (), per_sample)
@@ -149,12 +158,14 @@ class AllClose(Rule):
     atol: float = 3e-3
     rtol: float = 1e-5
 
-    def judge(self, result: Rows, truth: Rows, yardstick: Rows, draw: Draw, *, per_sample: bool) -> Agreement:
+    def judge(
+        self, result: Rows, truth: Rows, yardsticks: Sequence[Rows], draw: Draw, *, per_sample: bool
+    ) -> Agreement:
         """Compare every number with the yardstick's; see `torch.allclose`."""
-        y = {name: t.double() for name, t in yardstick.items()}
+        y = {name: t.double() for name, t in yardsticks[0].items()}
         gaps = {name: (result[name].double() - t).abs() / (self.atol + self.rtol * t.abs()) for name, t in y.items()}
         excess = torch.stack([gap.amax(1) for gap in gaps.values()], 1)
-        return _answer("allclose", excess, _distance(result, truth), truth, (), per_sample)
+        return _answer("allclose", excess, distance(result, truth), truth, (), per_sample)
 
 
 def _outliers(base: Tensor, truth: Rows, u: float) -> list[int]:
@@ -191,7 +202,7 @@ def norms(rows: Rows) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(t, dim=1, dtype=torch.float64) for t in rows.values()], 1)
 
 
-def _distance(result: Rows, truth: Rows) -> Tensor:
+def distance(result: Rows, truth: Rows) -> Tensor:
     """Return ‖g−t‖(i,p) [R, P] in float64, a few rows at a time: fresh memory costs more than the arithmetic."""
     columns = []
     for name, t in truth.items():

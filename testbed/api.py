@@ -95,7 +95,7 @@ def run_experiment(
         ProblemError: The problem cannot be made.
         KeyboardInterrupt: Again, after what was measured so far has been emitted.
     """
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = experiment.tf32
+    set_precision(experiment)
     e = experiment
     problem = make_problem(
         e.model.name,
@@ -124,6 +124,11 @@ def run_experiment(
     }
     settings = Settings(name, rule(e.agreement), **e.timing.model_dump(), baseline=e.resolved_baseline(), seed=e.seed)
     run(problem, about, cells(e.resolved_backends(), e.quantities), settings, emit, progress)
+
+
+def set_precision(experiment: Experiment) -> None:
+    """Set PyTorch's global TF32 switches as the experiment asks for; the recorded environment shows them."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = experiment.tf32
 
 
 def cells(backends: Sequence[Choice], quantities: Sequence[Choice]) -> list[Cell]:

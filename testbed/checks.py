@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from backends.base import Unsupported, describe, first_line, kept_buffers, own_copy
+from backends.base import Unsupported, describe, first_line, own_copy
 from backends.batch import Batch, call, take
+from backends.running import kept_buffers
 from testbed.problems.base import Problem
 
 TOLERANCE = 1e-9  # float64 kernels may sum a batch of another length in another order; coupling is far above it
@@ -67,10 +68,11 @@ def _refuse_coupled(wide: Problem, model: nn.Module, losses: Tensor, outputs: "O
 
 def _losses(wide: Problem, model: nn.Module, inputs: Batch, targets: Tensor, seed: int = 0) -> Tensor:
     devices = [wide.device] if wide.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad(), kept_buffers(model):
+    # gradients are on as in a backend's call: the model's forward pass may differentiate
+    with torch.random.fork_rng(devices), torch.enable_grad(), kept_buffers(model):
         torch.manual_seed(seed)
         try:
-            return wide.loss_fn(call(model, inputs), targets)
+            return wide.loss_fn(call(model, inputs), targets).detach()
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise Unsupported(f"model, loss and batch do not fit together: {first_line(error)}") from error
 

@@ -12,9 +12,20 @@ import torch
 from torch import Tensor
 
 from backends import get_backend, reference
-from backends.base import LossFn
-from backends.batch import Batch, apply, take
-from testbed.agreement import PER_SAMPLE, Agreement, Calibrated, Draw, Result, Rows, Rule, as_rows
+from backends.base import LossFn, trainable
+from backends.batch import Batch, apply, size, take
+from testbed.agreement import (
+    PER_SAMPLE,
+    Agreement,
+    Calibrated,
+    Draw,
+    Result,
+    Rows,
+    Rule,
+    as_rows,
+    distance,
+    norms,
+)
 from testbed.diagnosis import explain, explain_calls
 from testbed.form import nonfinite, wrong_form
 from testbed.mistakes import often_meant
@@ -24,6 +35,7 @@ Again: TypeAlias = Callable[[], Any]
 """The same call once more."""
 
 FEW = 16
+BUDGET = 2**30  # bytes of float64 truth: checking takes a bounded share of memory and time
 INDEPENDENT = ("grads", "norms")  # quantities where a sample's row depends on that sample only
 
 
@@ -46,15 +58,21 @@ class Referee:
     """Holds truth and yardstick of one quantity on a problem's batch, or on its fresh one; computed when first asked.
 
     Attributes:
-        wide: The problem in float64, for the truth.
-        few: The same with at most `FEW` of the samples: question 1 is about logic, which a few samples show, and
-            float64 results of a whole batch are large.
+        run: The problem, with as many of its samples as are checked: all of them, or a random choice where the truth
+            would take more than `BUDGET` bytes and a sample's row depends on that sample only.
+        wide: The same in float64, for the truth.
+        few: The same with at most `FEW` samples: question 1 is about logic, which a few samples show.
     """
 
     def __init__(self, problem: Problem, quantity: str, options: Mapping[str, Any], rule: Rule) -> None:
-        self.problem, self.quantity, self.options, self.rule = problem, quantity, dict(options), rule
-        self.wide = problem.to(torch.float64)
-        self.few = few_samples(self.wide)
+        self.quantity, self.options, self.rule = quantity, dict(options), rule
+        numbers = sum(p.numel() for p in trainable(problem.model).values()) if quantity == "grads" else 1
+        most = max(FEW, BUDGET // (8 * numbers)) if quantity in INDEPENDENT else problem.n
+        self.n, self.chosen = problem.n, choose(problem.n, most)
+        self.run = problem if self.chosen is None else narrow(problem, self.chosen)
+        self.wide = self.run.to(torch.float64)
+        few = choose(self.wide.n, FEW)
+        self.few = self.wide if few is None else narrow(self.wide, few)
         self._known: dict[tuple[str, bool], Result] = {}
 
     def same_function(self, result: object, again: Again | None = None) -> Finding:
@@ -71,22 +89,57 @@ class Referee:
 
     def precision(self, result: object, again: Again | None = None, *, fresh: bool = False) -> Finding:
         """Ask question 2 of a result in the run's dtype; `again` repeats the call, to explain a disagreement."""
-        yardstick = self.yardstick(fresh=fresh)
-        draw = self._draw(self.problem, fresh)
+        yardsticks = [as_rows(y, self.quantity) for y in self.yardsticks(fresh=fresh)]
+        draw = self._draw(self.run, fresh)
         per_sample = self.quantity in PER_SAMPLE
 
         def judge(rows: Rows, right: Rows) -> Agreement:
-            return self.rule.judge(rows, right, as_rows(yardstick, self.quantity), draw, per_sample=per_sample)
+            return self.rule.judge(rows, right, yardsticks, draw, per_sample=per_sample)
 
-        return self._find(result, self.truth(fresh=fresh), yardstick, judge, self.wide, again, fresh)
+        if self.chosen is not None and (wrong := wrong_form(result, self._whole(fresh))):
+            return Finding("disagrees", wrong)
+        pick = self._pick if self.chosen is not None else None
+        form = self.yardsticks(fresh=fresh)[0]
+        found = self._find(result, self.truth(fresh=fresh), form, judge, self.wide, again, fresh, pick)
+        return replace(found, agreement=self._in_batch(found.agreement))
 
     def truth(self, *, fresh: bool = False) -> Result:
-        """Return what the reference computes in float64."""
+        """Return what the reference computes in float64, of the samples that are checked."""
         return self._reference("wide", self.wide, fresh)
 
-    def yardstick(self, *, fresh: bool = False) -> Result:
-        """Return what the reference computes in the run's dtype."""
-        return self._reference("run", self.problem, fresh)
+    def yardsticks(self, *, fresh: bool = False) -> list[Result]:
+        """Return what the reference computes in the run's dtype; on CUDA twice, to see nondeterminism."""
+        runs = ["run", "run again"] if self.run.device.type == "cuda" else ["run"]
+        return [self._reference(which, self.run, fresh) for which in runs]
+
+    def nondeterminism(self) -> float:
+        """Return how far two runs of the reference are apart, relative to the result; 0 where they are equal."""
+        first, *others = (as_rows(y, self.quantity) for y in self.yardsticks())
+        total = norms(first).norm()
+        gaps = [distance(other, {k: t.double() for k, t in first.items()}).norm() for other in others]
+        return max((float(gap / total) for gap in gaps if gap), default=0.0)
+
+    def _whole(self, fresh: bool) -> Result:
+        """Return what has the form of the whole batch's result; it takes no memory."""
+        some = self.yardsticks(fresh=fresh)[0]
+        if isinstance(some, Tensor):
+            return some[:1].expand(self.n, *some.shape[1:])
+        return {name: t[:1].expand(self.n, *t.shape[1:]) for name, t in some.items()}
+
+    def _pick(self, result: Result) -> Result:
+        """Return the samples of a result that are checked."""
+        if isinstance(result, Tensor):
+            return result[self.chosen]
+        return {name: t[self.chosen] for name, t in result.items()}
+
+    def _in_batch(self, agreement: Agreement | None) -> Agreement | None:
+        """Return the agreement with the indices that samples have in the whole batch."""
+        if agreement is None or self.chosen is None:
+            return agreement
+        index: list[int] = self.chosen.tolist()
+        sample = None if agreement.sample is None else index[agreement.sample]
+        ill = tuple(sorted(index[i] for i in agreement.ill_conditioned))
+        return replace(agreement, sample=sample, ill_conditioned=ill)
 
     def _find(
         self,
@@ -97,7 +150,9 @@ class Referee:
         problem: Problem,
         again: Again | None,
         fresh: bool = False,
+        pick: Callable[[Result], Result] | None = None,
     ) -> Finding:
+        result = pick(result) if pick else result
         if wrong := wrong_form(result, form):
             return Finding("disagrees", wrong)
         rows, right = as_rows(result, self.quantity), as_rows(truth, self.quantity)
@@ -106,8 +161,10 @@ class Referee:
         agreement = judge(rows, right)
         if agreement.agrees:
             return Finding("ok", agreement=agreement)
-        if again and (unsteady := explain_calls([rows, *(as_rows(again(), self.quantity) for _ in "ab")], right)):
-            return Finding("disagrees", unsteady, agreement)
+        if again:
+            repeated = [as_rows(pick(again()) if pick else again(), self.quantity) for _ in range(2)]
+            if unsteady := explain_calls([rows, *repeated], right):
+                return Finding("disagrees", unsteady, agreement)
         others = self._often_meant(problem, fresh)
         return Finding("disagrees", explain(rows, right, self.quantity, sizes(problem), others), agreement)
 
@@ -166,12 +223,24 @@ def sizes(problem: Problem) -> dict[str, int]:
     return found
 
 
-def few_samples(problem: Problem) -> Problem:
-    """Return the problem with a random choice of its samples, the same one at every call."""
-    if problem.n <= FEW:
-        return problem
-    index = torch.randperm(problem.n, generator=torch.Generator().manual_seed(0))[:FEW].to(problem.device)
-    return replace(problem, inputs=take(problem.inputs, index), targets=take(problem.targets, index))
+def choose(n: int, most: int) -> Tensor | None:
+    """Return the indices of a random choice of `most` of n samples, always the same one; None if all are taken."""
+    if n <= most:
+        return None
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:most].sort().values
+
+
+def narrow(problem: Problem, index: Tensor) -> Problem:
+    """Return the problem with these samples of its batch, and of its fresh one."""
+    index = index.to(problem.device)
+    again = index[index < size(problem.fresh_inputs)]
+    return replace(
+        problem,
+        inputs=take(problem.inputs, index),
+        targets=take(problem.targets, index),
+        fresh_inputs=take(problem.fresh_inputs, again),
+        fresh_targets=take(problem.fresh_targets, again),
+    )
 
 
 def batch_of(problem: Problem, fresh: bool) -> tuple[Batch, Tensor]:

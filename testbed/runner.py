@@ -10,6 +10,7 @@ from testbed import timing
 from testbed.agreement import Rule
 from testbed.cell import Cell, identity, source_hash
 from testbed.checks import refuse_without_gradients
+from testbed.dropout import random_dropouts, with_masks
 from testbed.environment import environment
 from testbed.problems import Problem
 from testbed.records import SCHEMA, Record
@@ -87,6 +88,8 @@ def run(
         KeyboardInterrupt: Again, after what was measured so far has been emitted.
     """
     progress = progress or Silent()
+    if random_dropouts(problem.model):
+        problem, about = with_masks(problem, settings.seed), {**about, "dropout": "the same masks for every backend"}
     groups: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.quantity, str(dict(cell.quantity_options))), []).append(cell)

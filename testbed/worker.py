@@ -112,8 +112,8 @@ class Worker:
         counter = FlopCounterMode(display=False)
         with counter:
             self.functions[ORDINARY](self.problem.inputs, self.problem.targets)
-        rows = as_rows(self.referee.yardstick(), self.quantity)
-        written = sum(t.numel() * t.element_size() for t in rows.values())
+        rows = as_rows(self.referee.yardsticks()[0], self.quantity)
+        written = sum(t.numel() * t.element_size() for t in rows.values()) * self.problem.n // self.referee.run.n
         peak, bandwidth = timing.ceilings(self.problem.device, self.problem.dtype)
         return timing.limit(counter.get_total_flops(), written, peak, bandwidth).plain()
 
@@ -132,6 +132,8 @@ class Worker:
         fn, outcome.phases["prepare_s"] = _timed(lambda: method(p.model, p.loss_fn, **self.options), p.device)
         self.functions[cell.label] = fn
         result, outcome.phases["first_call_s"] = _timed(lambda: fn(p.inputs, p.targets), p.device)
+        outcome.agreement["checked_samples"] = self.referee.run.n
+        outcome.agreement["nondeterminism"] = self.referee.nondeterminism()
         outcome.take("precision", self.referee.precision(result, lambda: fn(p.inputs, p.targets)))
 
     def _blame_for_changes(self, outcome: Outcome) -> None:

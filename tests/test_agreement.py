@@ -40,7 +40,7 @@ def exact_draw(k: int, size: float, rows: Tensor) -> Rows:
 
 def judge(result: Rows, **options: float) -> bool:
     t = truth()
-    return Calibrated(**options).judge(result, t, rounded(t), no_draw, per_sample=True).agrees  # type: ignore[arg-type]
+    return Calibrated(**options).judge(result, t, [rounded(t)], no_draw, per_sample=True).agrees  # type: ignore[arg-type]
 
 
 def spoil(row: int | slice, name: str, factor: float) -> Rows:
@@ -74,20 +74,20 @@ def kinked(k: int, size: float, rows: Tensor) -> Rows:
 
 def test_a_sample_on_a_kink_agrees_and_is_listed() -> None:
     t = truth()
-    found = Calibrated().judge(spoil(3, "weight", 1.001), t, rounded(t), kinked, per_sample=True)
+    found = Calibrated().judge(spoil(3, "weight", 1.001), t, [rounded(t)], kinked, per_sample=True)
     assert found.agrees
     assert found.ill_conditioned == (3,)
 
 
 def test_many_samples_on_a_kink_disagree() -> None:
     t = truth()
-    assert not Calibrated().judge(spoil(slice(0, 5), "weight", 1.001), t, rounded(t), kinked, per_sample=True).agrees
+    assert not Calibrated().judge(spoil(slice(0, 5), "weight", 1.001), t, [rounded(t)], kinked, per_sample=True).agrees
 
 
 def test_a_sample_where_the_yardstick_is_off_too_is_listed() -> None:
     t = truth()
     both = spoil(3, "weight", 1.001)
-    found = Calibrated().judge(both, t, both, no_draw, per_sample=True)
+    found = Calibrated().judge(both, t, [both], no_draw, per_sample=True)
     assert (found.agrees, found.ill_conditioned) == (True, (3,))
 
 
@@ -105,13 +105,13 @@ def test_same_function_forgives_rounding_only() -> None:
 @pytest.mark.parametrize(("gap", "agrees"), [(2.9e-3, True), (3.2e-3, False)])
 def test_allclose_is_a_tolerance_on_every_number(gap: float, agrees: bool) -> None:
     y = {"weight": torch.zeros(4, 3)}
-    found = AllClose().judge({"weight": torch.full((4, 3), gap)}, y, y, no_draw, per_sample=True)
+    found = AllClose().judge({"weight": torch.full((4, 3), gap)}, y, [y], no_draw, per_sample=True)
     assert found.agrees is agrees
 
 
 def test_zero_gradients_agree_with_zeros() -> None:
     zero = {"weight": torch.zeros(N, 3, dtype=torch.float64)}
-    assert Calibrated().judge(rounded(zero), zero, rounded(zero), no_draw, per_sample=True).agrees
+    assert Calibrated().judge(rounded(zero), zero, [rounded(zero)], no_draw, per_sample=True).agrees
 
 
 FORMS = {

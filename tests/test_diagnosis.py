@@ -142,7 +142,7 @@ def caught(result: Rows, truth: Rows, dtype: torch.dtype, name: str) -> bool:
         return {key: t[rows].to(dtype) for key, t in truth.items()}
 
     yardstick = {key: t.to(dtype) for key, t in truth.items()}
-    return not Calibrated().judge(result, truth, yardstick, draw, per_sample=name in PER_SAMPLE).agrees
+    return not Calibrated().judge(result, truth, [yardstick], draw, per_sample=name in PER_SAMPLE).agrees
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

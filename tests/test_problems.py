@@ -30,10 +30,17 @@ def test_simple_cnn_is_the_tutorials() -> None:
     }
 
 
-@pytest.mark.parametrize("data", ["random", "digits"])
+TOKEN_MODELS = ("transformer",)
+
+
+@pytest.mark.parametrize("data", ["random", "digits", "tokens"])
 @pytest.mark.parametrize("model", sorted(MODELS))
 @pytest.mark.parametrize("loss", sorted(LOSSES))
-def test_every_model_data_and_loss_fit(model: str, data: str, loss: str) -> None:
+def test_every_model_data_and_loss_fit_or_say_why_not(model: str, data: str, loss: str) -> None:
+    if (data == "tokens") != (model in TOKEN_MODELS):
+        with pytest.raises(ProblemError, match=f"model '{model}' takes"):
+            small(model, data, loss)
+        return
     p = small(model, data, loss)
     losses = p.loss_fn(call(p.model, p.inputs), p.targets)
     assert losses.shape == (4,)
@@ -102,6 +109,8 @@ def test_offline_says_what_was_tried_and_what_to_use(
     [
         ({"model": "simple_cnn", "data_options": {"shape": (3, 32, 32)}}, "takes 1×28×28 inputs with 10 outputs"),
         ({"model": "simple_cnn", "data_options": {"classes": 3}}, "the data has 1×28×28 with 3"),
+        ({"model": "group_norm_cnn", "model_options": {"width": 6}}, "cannot be made with {'width': 6}: num_channels"),
+        ({"model": "transformer", "data": "tokens", "data_options": {"vocabulary": 999}}, "has vocabulary=100"),
         ({"data": "digits", "batch_size": 2000}, "data 'digits' has 1797 samples, the batch size is 2000"),
     ],
 )

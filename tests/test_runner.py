@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import testbed
 from backends import available
 from testbed.__main__ import main
 from testbed.records import read_records
-from tests.cases import cross_entropy, mlp
+from tests.cases import Functional, cross_entropy, mlp
 from tests.conftest import kept_registries
 
 HERE = Path(__file__).parent
@@ -123,11 +124,12 @@ class TestCompare:
         ("model", "reason"),
         [
             (nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), "`1` (BatchNorm1d) in training mode"),
-            (nn.Sequential(nn.Linear(5, 4), nn.Dropout(), nn.Linear(4, 2)), "`1` (Dropout) is random"),
+            (Functional(lambda s, x: F.dropout(s.a(x)), a=nn.Linear(5, 2)), "the model or its loss is random"),
+            (nn.Sequential(nn.Linear(5, 2), nn.RReLU()), "`1` (RReLU) is random"),
             (nn.Sequential(nn.Linear(5, 2), nn.Softmax(dim=0)), "`1` (Softmax) mixes the samples of a batch"),
             (nn.Linear(4, 2), "model, loss and batch do not fit together"),
         ],
-        ids=["BatchNorm", "Dropout", "softmax over the batch", "wrong shape"],
+        ids=["BatchNorm", "functional dropout", "RReLU", "softmax over the batch", "wrong shape"],
     )
     def test_problem_without_gradients_is_refused_for_every_backend(self, model: nn.Module, reason: str) -> None:
         records = compare(model).records

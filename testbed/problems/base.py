@@ -1,6 +1,7 @@
 """What a problem is, and how one is made from names and options."""
 
 import copy
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from backends.base import LossFn
+from backends.base import LossFn, first_line
 from backends.batch import Batch, apply, call, cast, size
 from backends.registry import Registry
 
@@ -146,11 +147,21 @@ def make_problem(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # everything is made on the CPU
         batch = draw()
-        network = MODELS[model](batch, **MODELS.check(model, model_options or {}))
+        network = _build(model, batch, MODELS.check(model, model_options or {}))
         fresh = draw()
         _train(network, loss_fn, draw, train_steps)
     problem = Problem(network, loss_fn, batch.inputs, batch.targets, fresh.inputs, fresh.targets)
     return _put(problem if dtype == torch.float32 else problem.to(dtype), torch.device(device))
+
+
+def _build(model: str, example: Samples, options: Mapping[str, Any]) -> nn.Module:
+    try:
+        return MODELS[model](example, **options)
+    except (ValueError, RuntimeError, TypeError, IndexError, AttributeError) as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}"
+        shown = f" with {dict(options)}" if options else ""
+        raise ProblemError(f"model '{model}' cannot be made{shown}: {first_line(error)} ({place})") from error
 
 
 def _train(model: nn.Module, loss_fn: LossFn, draw: Callable[[], Samples], steps: int) -> None:

@@ -26,6 +26,12 @@ def random(n: int, *, shape: tuple[Positive, ...] = (1, 28, 28), classes: Positi
     return Samples(torch.randn(n, *shape), torch.randint(classes, (n,)), classes)
 
 
+@register_data("tokens")
+def tokens(n: int, *, length: Positive = 16, vocabulary: Positive = 100, classes: Positive = 10) -> Samples:
+    """Uniform token sequences of one length with uniform classes."""
+    return Samples(torch.randint(vocabulary, (n, length)), torch.randint(classes, (n,)), classes)
+
+
 @register_data("digits")
 def digits(n: int) -> Samples:
     """Handwritten digits (scikit-learn's 1797, offline), resized from 8×8 to 1×28×28, pixels in [0, 1]."""

@@ -53,6 +53,74 @@ def logistic(example: Samples) -> nn.Module:
     return mlp(example, hidden=())
 
 
+@register_model("group_norm_cnn")
+def group_norm_cnn(example: Samples, *, width: int = 16) -> nn.Module:
+    """Two convolutions with GroupNorm and ReLU, mean pooling, a linear layer, log-softmax; any image size."""
+    channels = _tensor("group_norm_cnn", example).shape[1]
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3, padding=1),
+        nn.GroupNorm(4, width),
+        nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+        nn.GroupNorm(4, 2 * width),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(2 * width, example.outputs),
+        nn.LogSoftmax(dim=1),
+    )
+
+
+class Transformer(nn.Module):
+    """A small pre-norm transformer classifier: embedding, blocks, mean over positions, log-softmax."""
+
+    def __init__(self, vocabulary: int, length: int, outputs: int, width: int, heads: int, depth: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        angles = torch.arange(length)[:, None] / 10_000 ** (torch.arange(0, width, 2) / width)
+        self.register_buffer("positions", torch.cat([angles.sin(), angles.cos()], 1))
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, outputs)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return log-probabilities [N, outputs] of tokens [N, length]."""
+        x = self.embedding(tokens) + self.positions
+        for block in self.blocks:
+            x = block(x)
+        return F.log_softmax(self.head(self.norm(x).mean(1)), dim=1)
+
+
+class Block(nn.Module):
+    """Self-attention and an MLP, each after LayerNorm and added to its input."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [N, length, width] of the same."""
+        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+@register_model("transformer")
+def transformer(
+    example: Samples, *, vocabulary: int = 100, width: int = 32, heads: int = 4, depth: int = 2
+) -> nn.Module:
+    """A small transformer classifier of token sequences (data `tokens`)."""
+    found = example.inputs
+    if not isinstance(found, Tensor) or found.is_floating_point() or found.dim() != 2:
+        raise ProblemError("model 'transformer' takes token sequences, such as data 'tokens'")
+    if int(found.max()) >= vocabulary:
+        raise ProblemError(f"model 'transformer' has vocabulary={vocabulary}, the data has token {int(found.max())}")
+    return Transformer(vocabulary, found.shape[1], example.outputs, width, heads, depth)
+
+
 def _tensor(model: str, example: Samples) -> Tensor:
     if not isinstance(example.inputs, Tensor) or not example.inputs.is_floating_point():
         raise ProblemError(f"model '{model}' takes one floating-point tensor as input, the data has another form")

@@ -11,7 +11,7 @@ LAUNCH_BOUND = 0.9  # of the time spent in launching: the device waits for the h
 
 def notes(records: Sequence[Record]) -> list[str]:
     """Return the notes on the records of one problem and quantity."""
-    found = [_winner(records), *_reasons(records), *_ill_conditioned(records), *_unasked(records)]
+    found = [_winner(records), *_reasons(records), *_ill_conditioned(records), *_unasked(records), *_checked(records)]
     return [note for note in [*found, *_launch_bound(records), _noise(records)] if note]
 
 
@@ -59,6 +59,20 @@ def _unasked(records: Sequence[Record]) -> list[str]:
         for r in asked
         if "same_function" not in r.agreement
     ]
+
+
+def _checked(records: Sequence[Record]) -> list[str]:
+    found = []
+    about = records[0].problem
+    if "dropout" in about:
+        found.append("Dropout: masks were drawn once and given to every backend as inputs.")
+    asked = next((r.agreement for r in records if "checked_samples" in r.agreement), {})
+    if asked.get("checked_samples", about["batch_size"]) < about["batch_size"]:
+        found.append(f"Agreement was checked on {asked['checked_samples']} of {about['batch_size']} samples, at random.")
+    if asked.get("nondeterminism"):
+        gap = asked["nondeterminism"]
+        found.append(f"Two runs of the reference differ by {gap:.1g} of its norm: kernels here are nondeterministic.")
+    return found
 
 
 def _launch_bound(records: Sequence[Record]) -> list[str]:
