@@ -133,6 +133,7 @@ def set_precision(experiment: Experiment) -> None:
 
 def cells(backends: Sequence[Choice], quantities: Sequence[Choice]) -> list[Cell]:
     """Return the cells of backends × quantities, names and options checked."""
+    available()  # discovery fills the registry
     for choice in backends:
         BACKENDS.check(choice.name, choice.options)
     for choice in quantities:

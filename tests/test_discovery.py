@@ -26,6 +26,16 @@ def test_the_built_in_backends_are_found() -> None:
     assert {"naive", "vmap", "opacus", "backpack"} <= set(available())
 
 
+def test_a_first_call_that_names_a_backend_finds_it() -> None:
+    """In a process of its own: nothing before it has run discovery."""
+    code = (
+        "import torch, testbed; m = torch.nn.Linear(3, 2); x = torch.ones(4, 3);"
+        "print(testbed.compare(m, lambda o, t: o.sum(1), x, x, backends=['naive'], rounds=2).records[0].status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "ok", done.stderr
+
+
 def test_there_is_one_reference() -> None:
     assert reference() == "naive"
     assert sum(backend_class(name).reference for name in available()) == 1

@@ -42,15 +42,19 @@ def simple_cnn(example: Samples) -> nn.Module:
 @register_model("mlp")
 def mlp(example: Samples, *, hidden: tuple[int, ...] = (128, 128)) -> nn.Module:
     """Linear layers with ReLU between them, log-softmax at the end; any input shape."""
-    widths = [_tensor("mlp", example)[0].numel(), *hidden]
-    layers = [m for i, o in pairwise(widths) for m in (nn.Linear(i, o), nn.ReLU())]
-    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(widths[-1], example.outputs), nn.LogSoftmax(dim=1))
+    return _layers(_tensor("mlp", example), hidden, example.outputs)
 
 
 @register_model("logistic")
 def logistic(example: Samples) -> nn.Module:
     """Logistic regression: one linear layer and log-softmax; any input shape."""
-    return mlp(example, hidden=())
+    return _layers(_tensor("logistic", example), (), example.outputs)
+
+
+def _layers(example: Tensor, hidden: tuple[int, ...], outputs: int) -> nn.Module:
+    widths = [example[0].numel(), *hidden]
+    layers = [m for i, o in pairwise(widths) for m in (nn.Linear(i, o), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(widths[-1], outputs), nn.LogSoftmax(dim=1))
 
 
 @register_model("group_norm_cnn")
