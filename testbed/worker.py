@@ -6,7 +6,9 @@ The steps of a cell: `start` (import, prepare, first call, both questions), then
 
 import time
 import traceback
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
@@ -15,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from backends import backend_class, get_backend
-from backends.base import Backend, Unavailable, Unsupported, first_line, own_copy, trainable
+from backends.base import Backend, Unavailable, Unsupported, first_line, first_line_of, own_copy, trainable
 from backends.batch import Batch, call
 from testbed import memory, timing
 from testbed.agreement import Rule, as_rows
@@ -37,9 +39,14 @@ class Outcome:
     reason: str = ""
     diagnosis: str = ""
     agreement: dict[str, Any] = field(default_factory=dict)
-    phases: dict[str, float] = field(default_factory=dict)
+    phases: dict[str, Any] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
     traceback: str = ""
+
+    @property
+    def warnings(self) -> list[str]:
+        """The library's warnings, each once."""
+        return self.phases.setdefault("warnings", [])  # type: ignore[no-any-return]
 
     def take(self, question: str, finding: Finding) -> None:
         """Take the answer to a question."""
@@ -76,10 +83,11 @@ class Worker:
             cls = backend_class(cell.backend)
             _, outcome.phases["import_s"] = _timed(cls.load)
             backend = get_backend(cell.backend, **cell.options)
-            if self.rule.same_function and cls.float64:
-                self._ask_same_function(backend, outcome)
-            if outcome.status == "ok":
-                self._ask_precision(cell, backend, outcome)
+            with _listening(outcome):
+                if self.rule.same_function and cls.float64:
+                    self._ask_same_function(backend, outcome)
+                if outcome.status == "ok":
+                    self._ask_precision(cell, backend, outcome)
         except Exception as error:
             outcome.fail(error)
         self._blame_for_changes(outcome)
@@ -89,7 +97,8 @@ class Worker:
         """Time one call of a started cell, or of the ordinary step."""
         fn = self.functions[name]
         inputs, targets = self.problem.inputs, self.problem.targets
-        return timing.time_once(lambda: fn(inputs, targets), self.problem.device)
+        with _listening():
+            return timing.time_once(lambda: fn(inputs, targets), self.problem.device)
 
     def finish(self, cell: Cell, outcome: Outcome) -> None:
         """Measure memory, and ask again on data that the function has not seen."""
@@ -99,8 +108,9 @@ class Worker:
             return fn(p.fresh_inputs, p.fresh_targets)
 
         try:
-            outcome.memory = memory.peak(lambda: fn(p.inputs, p.targets), p.device)
-            outcome.take("again", self.referee.precision(again(), again, fresh=True))
+            with _listening(outcome):
+                outcome.memory = memory.peak(lambda: fn(p.inputs, p.targets), p.device)
+                outcome.take("again", self.referee.precision(again(), again, fresh=True))
             if outcome.status != "ok":
                 outcome.diagnosis = outcome.reason = f"after timing, on fresh data: {outcome.diagnosis}"
         except Exception as error:
@@ -118,13 +128,15 @@ class Worker:
         return timing.limit(counter.get_total_flops(), written, peak, bandwidth).plain()
 
     def _ask_same_function(self, backend: Backend, outcome: Outcome) -> None:
+        """Ask question 1; a library that refuses float64 only is asked the second question all the same."""
         few = self.referee.few
-        fn = getattr(backend, self.quantity)(few.model, few.loss_fn, **self.options)
-
-        def again() -> object:
-            return fn(few.inputs, few.targets)
-
-        outcome.take("same_function", self.referee.same_function(again(), again))
+        try:
+            fn = getattr(backend, self.quantity)(few.model, few.loss_fn, **self.options)
+            result = fn(few.inputs, few.targets)
+        except Unsupported as refusal:
+            outcome.agreement["no_float64"] = first_line(refusal)
+            return
+        outcome.take("same_function", self.referee.same_function(result, lambda: fn(few.inputs, few.targets)))
 
     def _ask_precision(self, cell: Cell, backend: Backend, outcome: Outcome) -> None:
         p = self.problem
@@ -169,6 +181,20 @@ def status_of(error: BaseException) -> tuple[str, str]:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     file = frame.filename.rsplit("/", 1)[-1]
     return "error", f"{type(error).__name__}: {first_line(error)} ({file}:{frame.lineno}, in {frame.name})"
+
+
+@contextmanager
+def _listening(outcome: Outcome | None = None) -> Iterator[None]:
+    """Keep a library's warnings out of the output; each is written down once, its first sentence."""
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        try:
+            yield
+        finally:
+            for warning in heard if outcome else ():
+                sentence = first_line_of(str(warning.message)).split(". ")[0]
+                if outcome and sentence not in outcome.warnings:
+                    outcome.warnings.append(sentence)
 
 
 def _timed(work: Callable[[], T], device: torch.device | None = None) -> tuple[T, float]:

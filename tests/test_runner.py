@@ -118,7 +118,7 @@ class TestCompare:
         assert len(vmap.timing["samples_s"]) == vmap.timing["rounds"]
         assert vmap.timing["ordinary"]["median_s"] > 0
         assert vmap.timing["limit"]["seconds"] > 0
-        assert set(vmap.phases) == {"import_s", "prepare_s", "first_call_s"}
+        assert set(vmap.phases) >= {"import_s", "prepare_s", "first_call_s"}
 
     @pytest.mark.parametrize(
         ("model", "reason"),

@@ -12,7 +12,7 @@ LAUNCH_BOUND = 0.9  # of the time spent in launching: the device waits for the h
 def notes(records: Sequence[Record]) -> list[str]:
     """Return the notes on the records of one problem and quantity."""
     found = [_winner(records), *_reasons(records), *_ill_conditioned(records), *_unasked(records), *_checked(records)]
-    return [note for note in [*found, *_launch_bound(records), _noise(records)] if note]
+    return [note for note in [*found, *_launch_bound(records), *_warnings(records), _noise(records)] if note]
 
 
 def _winner(records: Sequence[Record]) -> str:
@@ -55,10 +55,15 @@ def _ill_conditioned(records: Sequence[Record]) -> list[str]:
 def _unasked(records: Sequence[Record]) -> list[str]:
     asked = [r for r in records if r.status == "ok" and r.agreement.get("rule") == "calibrated"]
     return [
-        f"{r.label} has no float64 path: whether it is the same function was not asked, only how precise it is."
+        f"{r.label} has no float64 path here: whether it is the same function was not asked, only how precise it is"
+        + (f" ({r.agreement['no_float64']})." if "no_float64" in r.agreement else ".")
         for r in asked
         if "same_function" not in r.agreement
     ]
+
+
+def _warnings(records: Sequence[Record]) -> list[str]:
+    return [f"{r.label} warns: {warning}." for r in records for warning in r.phases.get("warnings", ())]
 
 
 def _checked(records: Sequence[Record]) -> list[str]:
@@ -68,7 +73,9 @@ def _checked(records: Sequence[Record]) -> list[str]:
         found.append("Dropout: masks were drawn once and given to every backend as inputs.")
     asked = next((r.agreement for r in records if "checked_samples" in r.agreement), {})
     if asked.get("checked_samples", about["batch_size"]) < about["batch_size"]:
-        found.append(f"Agreement was checked on {asked['checked_samples']} of {about['batch_size']} samples, at random.")
+        found.append(
+            f"Agreement was checked on {asked['checked_samples']} of {about['batch_size']} samples, at random."
+        )
     if asked.get("nondeterminism"):
         gap = asked["nondeterminism"]
         found.append(f"Two runs of the reference differ by {gap:.1g} of its norm: kernels here are nondeterministic.")
