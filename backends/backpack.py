@@ -16,13 +16,16 @@ from backends.base import (
     LossFn,
     Named,
     Unsupported,
-    library_call,
+    describe,
+    guarded,
     own_copy,
     register,
     trainable,
 )
-from backends.batch import Batch, call
-from backends.module_calls import Hooked, collect, quiet_hooks, watcher
+from backends.batch import Batch, call, size
+from backends.module_calls import collect, quiet_hooks, watcher
+from backends.probe import Hooked
+from backends.running import library_call
 
 
 @register("backpack", requires={"backpack": "backpack-for-pytorch"})
@@ -48,7 +51,7 @@ class BackPack(Backend):
                     # an unknown layer is a warning there and a refusal here, in `collect`
                     warnings.filterwarnings("ignore", message="Extension saving to grad_batch")
                     torch.autograd.backward(loss_fn(call(model, inputs), targets).sum())
-                return collect("BackPACK", parameters, "grad_batch", verify=new)
+                return collect("BackPACK", parameters, "grad_batch", size(inputs), verify=new)
 
         return fn
 
@@ -60,7 +63,18 @@ def _hooked(model: nn.Module) -> list[Hooked]:
 def _refuse_options(model: nn.Module) -> None:
     """Refuse the layer options that BackPACK does not look at."""
     for path, module in model.named_modules():
-        padding = getattr(module, "padding_mode", "zeros")
-        if padding != "zeros" and any(p.requires_grad for p in module.parameters(recurse=False)):
-            where = f"`{path or 'model'}` ({type(module).__name__}(padding_mode='{padding}'))"
-            raise Unsupported(f"{where}: BackPACK's rule would pad with zeros")
+        if any(p.requires_grad for p in module.parameters(recurse=False)):
+            for wrong in (_pads_with_zeros, _pads_its_own_way):
+                if guarded() and (reason := wrong(module)):
+                    raise Unsupported(f"{describe(path, module, options=True)}: {reason}")
+
+
+def _pads_with_zeros(layer: nn.Module) -> str | None:
+    """Case "Conv2d(padding_mode='reflect')"."""
+    return "BackPACK's rule would pad with zeros" if getattr(layer, "padding_mode", "zeros") != "zeros" else None
+
+
+def _pads_its_own_way(layer: nn.Module) -> str | None:
+    """Case "Conv2d(padding='same')"."""
+    same = getattr(layer, "padding", None) == "same"
+    return "BackPACK's rule would not pad as the layer does; give the padding as numbers" if same else None

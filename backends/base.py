@@ -17,10 +17,10 @@ Building (`grads(model, loss_fn)`: copying, hooks, tracing) is timed apart from 
 
 import copy
 import importlib
-import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias, TypeVar
 
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from backends.batch import Batch, call, take
+from backends.batch import Batch
 from backends.registry import Registry
 
 LossFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -52,6 +52,28 @@ class Unsupported(Exception):
 
 class Unavailable(Exception):
     """A backend's library is not installed: the reason says how to install it."""
+
+
+_GUARDED: ContextVar[bool] = ContextVar("guarded", default=True)
+
+
+def guarded() -> bool:
+    """Return whether backends refuse what their library would silently get wrong; it is so unless `unguarded`."""
+    return _GUARDED.get()
+
+
+@contextmanager
+def unguarded() -> Iterator[None]:
+    """Let backends return what their library returns, right or wrong, for as long as the block runs.
+
+    A rule that exists because a *library is silently wrong* asks `guarded()` first; so what the library would return
+    can be seen, and every rule can be shown to be needed. Refusals because the library itself raises stay.
+    """
+    token = _GUARDED.set(False)
+    try:
+        yield
+    finally:
+        _GUARDED.reset(token)
 
 
 @dataclass(frozen=True)
@@ -100,7 +122,7 @@ class Backend(ABC):
         grads = self.grads(model, loss_fn)
 
         def fn(inputs: Batch, targets: Tensor) -> Tensor:
-            rows = [t.flatten(1) for t in grads(inputs, targets).values()]
+            rows = [rows_of(t) for t in grads(inputs, targets).values()]
             return torch.stack([r @ r.T for r in rows]).sum(0)
 
         return fn
@@ -149,11 +171,16 @@ def register(name: str, *, requires: Mapping[str, str] | None = None) -> Callabl
     return decorate
 
 
+def rows_of(grads: Tensor) -> Tensor:
+    """Return per-sample gradients [N, *shape] as rows [N, numbers]; a scalar parameter's have one number each."""
+    return grads.flatten(1) if grads.dim() > 1 else grads[:, None]
+
+
 def norms_of(grads: Named) -> Tensor:
     """Return ‖g_i‖₂ [N] of per-sample gradients; half precision is summed in float32."""
     some = next(iter(grads.values()))
     wide = torch.promote_types(some.dtype, torch.float32)
-    squares = [torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=wide).square() for t in grads.values()]
+    squares = [torch.linalg.vector_norm(rows_of(t), dim=1, dtype=wide).square() for t in grads.values()]
     return torch.stack(squares).sum(0).sqrt().to(some.dtype)
 
 
@@ -211,75 +238,10 @@ def refuse_impure(model: nn.Module) -> None:
                 )
 
 
-@contextmanager
-def kept_buffers(model: nn.Module) -> Iterator[None]:
-    """Give the model's buffers back their values at the end, so that each call starts from the same state."""
-    before = {name: b.clone() for name, b in model.named_buffers()}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, b in model.named_buffers():
-                b.copy_(before[name])
-
-
-@contextmanager
-def kept_random_state(model: nn.Module) -> Iterator[None]:
-    """Give the global random state of the CPU and of the model's devices back at the end."""
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
-    with torch.random.fork_rng(devices):
-        yield
-
-
-@contextmanager
-def library_call(
-    original: nn.Module, used: nn.Module, loss_fn: LossFn, inputs: Batch, targets: Tensor
-) -> Iterator[None]:
-    """Surround a library's forward and backward pass: gradients on, buffers and random state kept, failures refused.
-
-    What fails with a library, and not without it, becomes a refusal in the library's own words.
-
-    Args:
-        original: The caller's model, which the library has not touched.
-        used: The model as the library runs it.
-        loss_fn: The loss; with `inputs` and `targets`, what is being computed.
-        inputs: The batch.
-        targets: Its targets.
-
-    Raises:
-        Unsupported: The block failed, though an ordinary forward and backward pass of one sample works.
-    """
-    try:
-        with torch.enable_grad(), kept_buffers(used), kept_random_state(used):
-            yield
-    except (Unsupported, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        try:
-            plain, one = own_copy(original), slice(0, 1)
-            with torch.enable_grad(), kept_random_state(plain):
-                torch.autograd.backward(loss_fn(call(plain, take(inputs, one)), take(targets, one)).sum())
-        except Exception:
-            raise error from None
-        where = culprit(error, used)
-        if "BackwardHookFunction" in str(error):  # autograd's words for it do not help a user
-            raise Unsupported(f"{where} modifies in place the output of a module with a backward hook") from error
-        raise Unsupported(f"{where}: {first_line(error)}") from error
-
-
 def describe(path: str, module: nn.Module, *, options: bool = False) -> str:
     """Return "`path` (Type)" for a message, or "`path` (Type(its options))" for a module without children."""
     leaf = not any(True for _ in module.children())
     return f"`{path or 'model'}` ({first_line_of(repr(module)) if options and leaf else type(module).__name__})"
-
-
-def culprit(error: BaseException, model: nn.Module) -> str:
-    """Return the innermost module of `model` that the error arose in, described; else "the model"."""
-    paths = {id(module): path for path, module in model.named_modules()}
-    frames = [frame.f_locals.values() for frame, _ in traceback.walk_tb(error.__traceback__)]
-    modules = [m for values in frames for m in values if isinstance(m, nn.Module) and id(m) in paths]
-    inner = [m for m in modules if m is not model] or modules  # a library's frames often hold the model too
-    return describe(paths[id(inner[-1])], inner[-1], options=True) if inner else "the model"
 
 
 def first_line(error: BaseException) -> str:

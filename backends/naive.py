@@ -9,18 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from backends.base import (
-    Backend,
-    GradsFn,
-    LossFn,
-    Named,
-    kept_buffers,
-    kept_random_state,
-    own_copy,
-    register,
-    trainable,
-)
+from backends.base import Backend, GradsFn, LossFn, Named, own_copy, register, trainable
 from backends.batch import Batch, call, size, take
+from backends.running import kept_buffers, kept_random_state
 
 
 @register("naive")

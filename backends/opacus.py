@@ -4,12 +4,15 @@ Modes: `hooks` (a hand-written rule a layer, functorch for the rest), `functorch
 ExpandedWeights). They are right where the library sees every use of a parameter; elsewhere this file refuses.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils._expanded_weights import ExpandedWeight
 
 from backends.base import (
     Backend,
@@ -18,13 +21,16 @@ from backends.base import (
     Named,
     Unsupported,
     describe,
-    library_call,
+    first_line,
+    guarded,
     own_copy,
     register,
     trainable,
 )
-from backends.batch import Batch, call
-from backends.module_calls import Hooked, collect, quiet_hooks, watcher
+from backends.batch import Batch, call, size
+from backends.module_calls import collect, quiet_hooks, watcher
+from backends.probe import Hooked, Rows, batch_first, tensors_in
+from backends.running import batch_gradient, culprit, library_call
 
 
 @register("opacus", requires={"opacus": "opacus"})
@@ -42,50 +48,58 @@ class Opacus(Backend):
         """Build the wrapped model; see the contract."""
         from opacus.grad_sample import wrap_model
 
-        watching = watcher("Opacus", model, self._hooked, outside=self.mode == "ew", repeats=True)
-        original, model = model, own_copy(model)
+        ew = self.mode == "ew"
+        watching = watcher("Opacus", model, self._hooked, functions=expanded if ew else None, repeats=True)
+        plain, model = own_copy(model), own_copy(model)
         parameters = trainable(model)
         self._refuse_options(model)
         hooked = list(self._hooked(model))
-        wrapped = wrap_model(model, grad_sample_mode=self.mode, loss_reduction="sum")
-        if self.mode != "ew":
-            _capture_in_eval(hooked)
+        try:
+            wrapped = wrap_model(model, grad_sample_mode=self.mode, loss_reduction="sum")
+        except NotImplementedError as error:
+            raise Unsupported(f"{culprit(error, model)}: {first_line(error)}") from error
+        _capture_in_eval(hooked)
 
         def fn(inputs: Batch, targets: Tensor) -> Named:
             with watching(inputs) as new:
                 wrapped.zero_grad(set_to_none=True)
-                with quiet_hooks(), library_call(original, model, loss_fn, inputs, targets):
+                with quiet_hooks(), library_call(plain, model, loss_fn, inputs, targets):
                     torch.autograd.backward(loss_fn(call(wrapped, inputs), targets).sum())
-                return collect("Opacus", parameters, "grad_sample", verify=new)
+                totals = batch_gradient(plain, loss_fn, inputs, targets) if ew and new else None
+                return collect("Opacus", parameters, "grad_sample", size(inputs), verify=new, totals=totals)
 
         return fn
 
     def _refuse_options(self, model: nn.Module) -> None:
         """Refuse the layer options that Opacus does not look at, or does not support."""
         for path, module in model.named_modules():
-            if not any(p.requires_grad for p in module.parameters(recurse=False)) or self.mode == "ew":
+            if not any(p.requires_grad for p in module.parameters(recurse=False)):
                 continue
-            if any(True for _ in module.buffers()):
+            if self.mode != "ew" and any(True for _ in module.buffers()):
                 raise Unsupported(f"{describe(path, module)} has parameters and buffers, which Opacus does not support")
-            padding = getattr(module, "padding_mode", "zeros")
-            if padding != "zeros" and self.mode == "hooks":
-                where = f"`{path or 'model'}` ({type(module).__name__}(padding_mode='{padding}'))"
-                raise Unsupported(f"{where}: Opacus' rule would pad with zeros; mode 'functorch' pads right")
+            for wrong in WRONG[self.mode] if guarded() else ():
+                if reason := wrong(module):
+                    raise Unsupported(f"{describe(path, module, options=True)}: {reason}")
+            if guarded() and self.mode == "hooks" and type(module) is nn.Conv2d:
+                module.register_forward_pre_hook(partial(_refuse_strides, describe(path, module)))
 
     def _hooked(self, model: nn.Module) -> Iterator[Hooked]:
         """Yield the modules that Opacus hooks, as its `iterate_submodules` does, and what each rule covers."""
         from opacus.grad_sample import GradSampleModule
 
+        if self.mode == "ew":
+            return
+
         def walk(module: nn.Module) -> Iterator[Hooked]:
             owner = any(p.requires_grad for p in module.parameters(recurse=False))
-            general = self.mode != "ew" and owner and type(module) not in GradSampleModule.GRAD_SAMPLERS
+            general = owner and type(module) not in GradSampleModule.GRAD_SAMPLERS
             if owner:
-                yield Hooked(module, deep=general, single=general or self.mode == "functorch")
+                yield Hooked(module, deep=general, reruns=general or self.mode == "functorch")
             if not general:
                 for child in module.children():
                     yield from walk(child)
 
-        return walk(model)
+        yield from walk(model)
 
 
 def _capture_in_eval(hooked: list[Hooked]) -> None:
@@ -97,3 +111,66 @@ def _capture_in_eval(hooked: list[Hooked]) -> None:
         if not h.module.training:
             h.module.register_forward_hook(lambda module, *_: setattr(module, "training", True), prepend=True)
             h.module.register_forward_hook(lambda module, *_: setattr(module, "training", False))
+
+
+Wrong = Callable[[nn.Module], str | None]
+"""A layer -> why Opacus would be silently wrong on it, or None; the case that proves it stands beside it."""
+
+
+def _pads_with_zeros(layer: nn.Module) -> str | None:
+    """Case "Conv2d(padding_mode='reflect')"."""
+    padded = getattr(layer, "padding_mode", "zeros") != "zeros"
+    return "Opacus' rule would pad with zeros; mode 'functorch' pads right" if padded else None
+
+
+def _trains_padding(layer: nn.Module) -> str | None:
+    """Case "Embedding(padding_idx=0)"."""
+    padded = isinstance(layer, nn.Embedding) and layer.padding_idx is not None
+    return "the padding would get a gradient; in mode 'functorch' it gets none" if padded else None
+
+
+def _adds_equal_tokens_once(layer: nn.Module) -> str | None:
+    """Case "EmbeddingBag offsets"."""
+    return "a token that is in a bag twice would count once" if isinstance(layer, nn.EmbeddingBag) else None
+
+
+def _normalises_anew(layer: nn.Module) -> str | None:
+    """Case "InstanceNorm2d running statistics, in eval mode"."""
+    running = isinstance(layer, _InstanceNorm) and layer.track_running_stats and not layer.training
+    return "the backward pass would take the input's statistics, not the running ones" if running else None
+
+
+def _refuse_strides(where: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Case "input: channels_last": Opacus' `unfold2d` takes it that the last two axes lie in order."""
+    if not inputs[0][:1, :1].is_contiguous():
+        raise Unsupported(
+            f"{where}: Opacus' rule would misread an input of strides {list(inputs[0].stride())} (channels_last?); "
+            "give it a contiguous one, or use mode 'functorch'"
+        )
+
+
+WRONG: dict[str, tuple[Wrong, ...]] = {
+    "hooks": (_pads_with_zeros, _trains_padding, _adds_equal_tokens_once),
+    "functorch": (),
+    "ew": (_trains_padding, _normalises_anew),
+}
+
+RECURRENT = (torch.rnn_tanh, torch.rnn_relu, torch.lstm, torch.gru)
+
+
+def expanded(function: Any, args: Any, result: Any) -> tuple[list[Rows], list[Rows]]:  # noqa: ANN401
+    """Return where ExpandedWeights takes the samples to be in what a function is given and what it returns.
+
+    On the first axis of the first tensor; in recurrent layers where `batch_first` says; in packed sequences in the
+    order that they were sorted in, which need not be the batch's.
+    """
+    if function not in ExpandedWeight.handled_functions and function not in RECURRENT:
+        return [], []  # then it raises
+    if function not in RECURRENT:
+        rows = batch_first(function, args, result)
+        return rows[0][:1], rows[1]
+    packed = not isinstance(args[2], list)  # then the second argument holds the batch's size at each step
+    steps = torch.cat([torch.arange(n) for n in args[1]]) if packed else None
+    axis = 0 if packed or args[-1] else 1
+    first, *states = tensors_in(result)
+    return [Rows(args[0], axis, steps)], [Rows(first, axis, steps), *(Rows(state, 1) for state in states)]

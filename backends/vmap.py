@@ -11,8 +11,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from backends.base import Backend, GradsFn, LossFn, Named, library_call, own_copy, register, trainable
+from backends.base import Backend, GradsFn, LossFn, Named, own_copy, register, trainable
 from backends.batch import Batch, apply, call
+from backends.running import library_call
 
 
 @register("vmap")

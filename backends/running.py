@@ -1,0 +1,83 @@
+"""Running a model or a library without a trace: buffers and random state are kept, failures become refusals."""
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from backends.base import LossFn, Named, Unsupported, describe, first_line, own_copy, trainable
+from backends.batch import Batch, call, take
+
+
+@contextmanager
+def kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Give the model's buffers back their values at the end, so that each call starts from the same state."""
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, b in model.named_buffers():
+                b.copy_(before[name])
+
+
+@contextmanager
+def kept_random_state(model: nn.Module) -> Iterator[None]:
+    """Give the global random state of the CPU and of the model's devices back at the end."""
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    with torch.random.fork_rng(devices):
+        yield
+
+
+@contextmanager
+def library_call(
+    original: nn.Module, used: nn.Module, loss_fn: LossFn, inputs: Batch, targets: Tensor
+) -> Iterator[None]:
+    """Surround a library's forward and backward pass: gradients on, buffers and random state kept, failures refused.
+
+    What fails with a library, and not without it, becomes a refusal in the library's own words.
+
+    Args:
+        original: The caller's model, which the library has not touched.
+        used: The model as the library runs it.
+        loss_fn: The loss; with `inputs` and `targets`, what is being computed.
+        inputs: The batch.
+        targets: Its targets.
+
+    Raises:
+        Unsupported: The block failed, though an ordinary forward and backward pass of one sample works.
+    """
+    try:
+        with torch.enable_grad(), kept_buffers(used), kept_random_state(used):
+            yield
+    except (Unsupported, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        try:
+            one = slice(0, 1)
+            batch_gradient(original, loss_fn, take(inputs, one), take(targets, one))
+        except Exception:
+            raise error from None
+        where = culprit(error, used)
+        if "BackwardHookFunction" in str(error):  # autograd's words for it do not help a user
+            raise Unsupported(f"{where} modifies in place the output of a module with a backward hook") from error
+        raise Unsupported(f"{where}: {first_line(error)}") from error
+
+
+def batch_gradient(model: nn.Module, loss_fn: LossFn, inputs: Batch, targets: Tensor) -> Named:
+    """Return the gradient of the summed losses by ordinary autograd: what per-sample gradients must sum to."""
+    plain = own_copy(model)
+    with torch.enable_grad(), kept_random_state(plain):
+        torch.autograd.backward(loss_fn(call(plain, inputs), targets).sum())
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in trainable(plain).items()}
+
+
+def culprit(error: BaseException, model: nn.Module) -> str:
+    """Return the innermost module of `model` that the error arose in, described; else "the model"."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    frames = [frame.f_locals.values() for frame, _ in traceback.walk_tb(error.__traceback__)]
+    modules = [m for values in frames for m in values if isinstance(m, nn.Module) and id(m) in paths]
+    inner = [m for m in modules if m is not model] or modules  # a library's frames often hold the model too
+    return describe(paths[id(inner[-1])], inner[-1], options=True) if inner else "the model"
