@@ -23,7 +23,7 @@ from backends.base import (
     trainable,
 )
 from backends.batch import Batch, call, size
-from backends.module_calls import collect, quiet_hooks, watcher
+from backends.module_calls import collect, pads_unlike_zeros, quiet_hooks, watcher
 from backends.probe import Hooked
 from backends.running import library_call
 
@@ -71,10 +71,10 @@ def _refuse_options(model: nn.Module) -> None:
 
 def _pads_with_zeros(layer: nn.Module) -> str | None:
     """Case "Conv2d(padding_mode='reflect')"."""
-    return "BackPACK's rule would pad with zeros" if getattr(layer, "padding_mode", "zeros") != "zeros" else None
+    return "BackPACK's rule would pad with zeros" if pads_unlike_zeros(layer) else None
 
 
 def _pads_its_own_way(layer: nn.Module) -> str | None:
     """Case "Conv2d(padding='same')"."""
-    same = getattr(layer, "padding", None) == "same"
+    same = getattr(layer, "padding", None) == "same" and layer.weight.requires_grad
     return "BackPACK's rule would not pad as the layer does; give the padding as numbers" if same else None

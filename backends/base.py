@@ -19,16 +19,21 @@ import copy
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from backends.batch import Batch
+from backends.refusals import Unavailable as Unavailable  # a backend's file finds all of its contract here
+from backends.refusals import Unsupported as Unsupported
+from backends.refusals import describe as describe
+from backends.refusals import first_line as first_line
+from backends.refusals import first_line_of as first_line_of
+from backends.refusals import guarded as guarded
+from backends.refusals import refuse_impure
+from backends.refusals import unguarded as unguarded
 from backends.registry import Registry
 
 LossFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -44,36 +49,6 @@ TensorFn: TypeAlias = Callable[[Batch, Tensor], Tensor]
 """(inputs, targets) -> one tensor."""
 
 QUANTITIES = ("grads", "norms", "clipped_sum", "variance", "gram")
-
-
-class Unsupported(Exception):
-    """A backend refuses: the reason names the module path, the option and why."""
-
-
-class Unavailable(Exception):
-    """A backend's library is not installed: the reason says how to install it."""
-
-
-_GUARDED: ContextVar[bool] = ContextVar("guarded", default=True)
-
-
-def guarded() -> bool:
-    """Return whether backends refuse what their library would silently get wrong; it is so unless `unguarded`."""
-    return _GUARDED.get()
-
-
-@contextmanager
-def unguarded() -> Iterator[None]:
-    """Let backends return what their library returns, right or wrong, for as long as the block runs.
-
-    A rule that exists because a *library is silently wrong* asks `guarded()` first; so what the library would return
-    can be seen, and every rule can be shown to be needed. Refusals because the library itself raises stay.
-    """
-    token = _GUARDED.set(False)
-    try:
-        yield
-    finally:
-        _GUARDED.reset(token)
 
 
 @dataclass(frozen=True)
@@ -206,49 +181,18 @@ def own_copy(model: nn.Module) -> nn.Module:
     refuse_impure(model)
     if not trainable(model):
         raise Unsupported("the model has no trainable parameter: nothing to differentiate")
-    parameters = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
+    known: dict[int, Tensor] = {id(t): t.detach().clone() for t in _computed_anew(model)}
+    known |= {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
     try:
-        return copy.deepcopy(model, parameters)
+        return copy.deepcopy(model, known)
     except Exception as error:
         raise Unsupported(f"the model cannot be copied (copy.deepcopy: {first_line(error)})") from error
 
 
-def refuse_impure(model: nn.Module) -> None:
-    """Refuse modules whose samples have no gradients of their own, or that change their weights while they run.
-
-    Raises:
-        Unsupported: BatchNorm in training mode or without running statistics, an embedding with `max_norm` or
-            `scale_grad_by_freq`.
-    """
-    for path, module in model.named_modules():
-        where, kind = f"`{path or 'model'}`", type(module).__name__
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-            option = "in training mode" if module.training else "with track_running_stats=False"
-            raise Unsupported(
-                f"{where} ({kind}) {option} mixes the samples of a batch, "
-                "so no sample has a gradient of its own; use eval() or GroupNorm"
-            )
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.weight.requires_grad:
-            if module.max_norm is not None:
-                raise Unsupported(f"{where} ({kind}(max_norm={module.max_norm})) changes its weights while it runs")
-            if module.scale_grad_by_freq:
-                raise Unsupported(
-                    f"{where} ({kind}(scale_grad_by_freq=True)) divides gradients by counts over the batch, "
-                    "so no sample has a gradient of its own"
-                )
-
-
-def describe(path: str, module: nn.Module, *, options: bool = False) -> str:
-    """Return "`path` (Type)" for a message, or "`path` (Type(its options))" for a module without children."""
-    leaf = not any(True for _ in module.children())
-    return f"`{path or 'model'}` ({first_line_of(repr(module)) if options and leaf else type(module).__name__})"
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type's name when it has none."""
-    return first_line_of(str(error)) or type(error).__name__
-
-
-def first_line_of(text: str) -> str:
-    """Return the first line of a text that is not empty, or an empty string."""
-    return next(iter(text.strip().splitlines()), "")
+def _computed_anew(model: nn.Module) -> Iterator[Tensor]:
+    """Yield weights that a hook computes before each call (weight_norm, pruning): torch does not copy them itself."""
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            name = getattr(hook, "name", None) or getattr(hook, "_tensor_name", None)
+            if isinstance(weight := vars(module).get(str(name)), Tensor):
+                yield weight

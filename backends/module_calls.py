@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from backends.base import Named, Unsupported, first_line, guarded, own_copy, rows_of
 from backends.batch import Batch, signature, size
-from backends.probe import Hooked, RowsOf, Use, batch_first, some, uses
+from backends.probe import Hooked, Use, some, uses
+from backends.rows import RowsOf, batch_first
 from backends.running import kept_random_state
 
 Rule = Callable[[str, Use], str | None]
@@ -172,6 +173,16 @@ def _refuse_repeated(library: str, found: Iterable[Use]) -> None:
                 f"parameter `{name}` is used by {len(by)} module calls ({', '.join(by)}); "
                 f"{library} would keep only one of the uses"
             )
+
+
+def pads_unlike_zeros(layer: nn.Module) -> bool:
+    """Return whether a layer's weight meets padding that is not zeros: case "Conv2d(padding_mode='reflect')"."""
+    weight, padding = getattr(layer, "weight", None), getattr(layer, "padding", 0)
+    trained = isinstance(weight, Tensor) and weight.requires_grad
+    if padding == "same":
+        padding = tuple(width - 1 for width in layer.kernel_size)  # type: ignore[union-attr]  # a convolution's
+    padded = isinstance(padding, tuple) and any(padding)
+    return trained and padded and getattr(layer, "padding_mode", "zeros") != "zeros"
 
 
 @contextmanager

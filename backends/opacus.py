@@ -28,8 +28,9 @@ from backends.base import (
     trainable,
 )
 from backends.batch import Batch, call, size
-from backends.module_calls import collect, quiet_hooks, watcher
-from backends.probe import Hooked, Rows, batch_first, tensors_in
+from backends.module_calls import collect, pads_unlike_zeros, quiet_hooks, watcher
+from backends.probe import Hooked
+from backends.rows import Rows, batch_first, tensors_in
 from backends.running import batch_gradient, culprit, library_call
 
 
@@ -54,6 +55,8 @@ class Opacus(Backend):
         parameters = trainable(model)
         self._refuse_options(model)
         hooked = list(self._hooked(model))
+        if guarded():
+            _refuse_hooked_twice(model, hooked)
         try:
             wrapped = wrap_model(model, grad_sample_mode=self.mode, loss_reduction="sum")
         except NotImplementedError as error:
@@ -119,8 +122,7 @@ Wrong = Callable[[nn.Module], str | None]
 
 def _pads_with_zeros(layer: nn.Module) -> str | None:
     """Case "Conv2d(padding_mode='reflect')"."""
-    padded = getattr(layer, "padding_mode", "zeros") != "zeros"
-    return "Opacus' rule would pad with zeros; mode 'functorch' pads right" if padded else None
+    return "Opacus' rule would pad with zeros; mode 'functorch' pads right" if pads_unlike_zeros(layer) else None
 
 
 def _trains_padding(layer: nn.Module) -> str | None:
@@ -138,6 +140,14 @@ def _normalises_anew(layer: nn.Module) -> str | None:
     """Case "InstanceNorm2d running statistics, in eval mode"."""
     running = isinstance(layer, _InstanceNorm) and layer.track_running_stats and not layer.training
     return "the backward pass would take the input's statistics, not the running ones" if running else None
+
+
+def _refuse_hooked_twice(model: nn.Module, hooked: list[Hooked]) -> None:
+    """Case "tied: a module under two parents": Opacus' walk meets it twice."""
+    found = [id(h.module) for h in hooked]
+    for path, module in model.named_modules():
+        if found.count(id(module)) > 1:
+            raise Unsupported(f"{describe(path, module)} has several parents; Opacus would hook it once for each")
 
 
 def _refuse_strides(where: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -6,7 +6,7 @@ of each watched call it reaches. That sees what no shape shows: samples that are
 another axis of equal length, one result that is broadcast over the batch.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -14,10 +14,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils._pytree import tree_leaves
 
 from backends.base import describe, trainable
 from backends.batch import Batch, apply, call, size, take, tensors
+from backends.rows import Rows, RowsOf, batch_first, tensors_in
 from backends.running import kept_buffers
 
 SAMPLES = 3  # of two, a permutation may fix both; three are not fixed by reversing, rolling, halving or interleaving
@@ -40,31 +40,6 @@ class Hooked:
     def covered(self) -> set[int]:
         """Return the identities of the parameters that the rule covers."""
         return {id(p) for p in self.module.parameters(recurse=self.deep)}
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Where the samples are in a tensor: along `axis`, in order, or as `samples` says of each place on it."""
-
-    tensor: Tensor
-    axis: int = 0
-    samples: Tensor | None = None
-
-    def count(self) -> int:
-        """Return how many samples there seem to be."""
-        if self.samples is not None:
-            return int(self.samples.max()) + 1
-        return self.tensor.shape[self.axis] if self.tensor.dim() > self.axis else 0
-
-    def reached(self, grad: Tensor) -> list[int]:
-        """Return the samples in whose rows a gradient of the tensor is not zero."""
-        rows = grad.detach().nan_to_num(0).movedim(self.axis, 0).flatten(1) if grad.dim() > 1 else grad[:, None]
-        found = (rows != 0).any(1).nonzero().flatten()
-        return [int(i) for i in (found if self.samples is None else self.samples.to(found.device)[found]).unique()]
-
-
-RowsOf: TypeAlias = Callable[[Any, Any, Any], tuple[list[Rows], list[Rows]]]
-"""(function, its arguments, its result) -> where the library takes the samples to be, going in and coming out."""
 
 
 @dataclass
@@ -100,14 +75,18 @@ class Use:
     differentiated: bool = False
 
 
-def batch_first(function: object, inputs: Any, output: Any) -> tuple[list[Rows], list[Rows]]:  # noqa: ANN401
-    """Return the samples on the first axis of all that goes in, and of the first tensor that comes out."""
-    return [Rows(t) for t in tensors_in(inputs)], [Rows(t) for t in tensors_in(output)[:1]]
+_State: TypeAlias = list[tuple[int, int]]
+"""Of some tensors, what tells whether one was replaced or changed in place."""
 
 
-def tensors_in(tree: Any) -> list[Tensor]:  # noqa: ANN401  what hooks and functions are called with
-    """Return the tensors in nested tuples, lists and dicts."""
-    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
+@dataclass
+class _Call:
+    """A module's call that is going on: its input before and after the caller's hooks, its output before them."""
+
+    path: str
+    given: _State
+    taken: _State = field(default_factory=list)
+    made: _State = field(default_factory=list)
 
 
 @dataclass
@@ -120,24 +99,24 @@ class _Watch(TorchFunctionMode):
     sample: int
     rows_of: RowsOf
     uses: list[Use] = field(default_factory=list)
-    inside: list[tuple[str, list[tuple[int, int]]]] = field(default_factory=list)
+    inside: list["_Call"] = field(default_factory=list)
     backward: bool = False
 
     def __post_init__(self) -> None:
         super().__init__()
         self.covered = {path: h.covered() for path, h in self.hooked.items()}
-        self.returned: list[tuple[int, int]] = []
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watch while the block runs: first and last of each module's hooks, to see what others do."""
         handles = []
         for path, h in self.hooked.items():
-            first, last = h.module.register_forward_pre_hook, h.module.register_forward_hook
+            before, after = h.module.register_forward_pre_hook, h.module.register_forward_hook
             handles += [
-                first(lambda _, args, path=path: self.inside.append((path, _state(args))), prepend=True),
-                last(lambda _, args, output: setattr(self, "returned", _state(args) + _state(output)), prepend=True),
-                last(self._left, with_kwargs=True, always_call=True),
+                before(lambda _, args, path=path: self.inside.append(_Call(path, given=_state(args))), prepend=True),
+                before(lambda _, args: setattr(self.inside[-1], "taken", _state(args))),
+                after(lambda _, __, output: setattr(self.inside[-1], "made", _state(output)), prepend=True),
+                after(self._left, with_kwargs=True, always_call=True),
             ]
         try:
             with self:
@@ -147,31 +126,29 @@ class _Watch(TorchFunctionMode):
                 handle.remove()
 
     def _left(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ANN401
-        path, before = self.inside.pop()
-        if not torch.is_grad_enabled():
-            return
-        arrived, returned = _state(args), _state(args) + _state(output)
+        call = self.inside.pop()
+        covered = self.covered[call.path]
         pairs: dict[str, tuple[object, object]] = {
-            "input": (before, arrived),
-            "output": (self.returned, returned),
-            "weights": (self.covered[path], self.hooked[path].covered()),  # torch.func.functional_call swaps them
+            "input": (call.given, call.taken),
+            "output": (call.made, _state(output)),
+            "weights": (covered, self.hooked[call.path].covered()),  # torch.func.functional_call swaps them
         }
-        parameters = tuple(name for p, name in self.names.items() if p in self.covered[path])
-        self._record(
-            batch_first(module, args, output),
-            by=describe(path, module),
-            parameters=parameters,
-            hooked=self.hooked[path],
-            tensors_in=len(arrived),
-            tensors_out=len(tensors_in(output)),
-            keywords=bool(tensors_in(kwargs)),
-            altered=frozenset(what for what, (one, two) in pairs.items() if one != two),
-        )
+        if torch.is_grad_enabled():  # libraries look away where it is not
+            self._record(
+                batch_first(module, args, output),
+                by=describe(call.path, module),
+                parameters=tuple(name for p, name in self.names.items() if p in covered),
+                hooked=self.hooked[call.path],
+                tensors_in=len(tensors_in(args)),
+                tensors_out=len(tensors_in(output)),
+                keywords=bool(tensors_in(kwargs)),
+                altered=frozenset(what for what, (one, two) in pairs.items() if one != two),
+            )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
         result = func(*args, **(kwargs or {}))
         if any(t.requires_grad for t in tensors_in(result)):  # not a size, a dtype, something detached
-            inside = set().union(*(self.covered[path] for path, _ in self.inside))
+            inside = set().union(*(self.covered[call.path] for call in self.inside))
             found = {id(t): t for t in tensors_in((args, kwargs)) if id(t) in self.names}
             if missed := tuple(self.names[p] for p in found if p not in inside):
                 by = f"{resolve_name(func) or func} with parameter `{missed[0]}`"
@@ -204,8 +181,7 @@ class _Watch(TorchFunctionMode):
                 where.tensor.register_hook(lambda grad, where=where: look(grad, where))
 
 
-def _state(tree: Any) -> list[tuple[int, int]]:  # noqa: ANN401
-    """Return what tells whether a hook has replaced a tensor or changed it in place."""
+def _state(tree: Any) -> _State:  # noqa: ANN401
     return [(id(t), t._version) for t in tensors_in(tree)]
 
 

@@ -64,6 +64,13 @@ def _refuse_coupled(wide: Problem, model: nn.Module, losses: Tensor, outputs: "O
                 f"{where} mixes the samples of a batch: with the other samples changed, the loss of sample {i} changes "
                 f"from {float(losses[i]):.6g} to {float(alone[i]):.6g}; no sample has a gradient of its own"
             )
+        single = _losses(wide, model, take(wide.inputs, index[:1]), take(wide.targets, index[:1]))
+        trace.take()
+        if _differs(losses[i], single[0]):
+            raise Unsupported(
+                f"the model or its loss depends on how many samples are in a batch: alone, the loss of sample {i} is "
+                f"{float(single[0]):.6g}, among {wide.n} it is {float(losses[i]):.6g}; do not divide by the batch size"
+            )
 
 
 def _losses(wide: Problem, model: nn.Module, inputs: Batch, targets: Tensor, seed: int = 0) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from backends import get_backend
 from backends.base import Unsupported, trainable
 from backends.batch import call, tensors
+from backends.running import batch_gradient
 from testbed.conformance.case import Case
 from testbed.conformance.layers import layer_cases, parametrised_layers, uncovered
 from testbed.conformance.models import model_cases
@@ -22,23 +23,18 @@ COUPLED = {
     "*BatchNorm*(track_running_stats=False)": "normalises over the batch; refused",
     "*BatchNorm* in training mode": "normalises over the batch; refused",
     "Embedding*(scale_grad_by_freq=True)": "divides by the token's count in the batch: a sample alone counts otherwise",
+    "Embedding*max_norm=*": "the forward pass changes the weights; refused",
     "mode: Dropout in training": "each call draws another mask",
-}
-# What the loop over samples cannot do as it is.
-LIMITS = {
-    "mode: checkpoint, use_reentrant=True": "torch allows it under backward(), not under torch.autograd.grad",
-    "weight: old weight_norm": "torch cannot copy a module that holds a computed tensor",
+    "batch: divided by its size": "a batch of one is divided by one",
 }
 # Parameters without a gradient, on purpose; anywhere else a zero gradient would test nothing.
-UNUSED = ("unused: *", "MultiheadAttention weights")
+UNUSED = ("unused: *", "MultiheadAttention weights", "functional: functional_call with a parameter")
 
 
 def marked(case: Case) -> Any:
     """Return the case as a test parameter; one with no truth is expected to fail."""
-    coupled = [reason for pattern, reason in COUPLED.items() if fnmatchcase(case.name, pattern)]
-    reasons = coupled or [reason for name, reason in LIMITS.items() if case.name == name]
-    errors = (Unsupported, AssertionError, RuntimeError)
-    marks = [pytest.mark.xfail(strict=bool(coupled), raises=errors, reason=reason) for reason in reasons]
+    reasons = [reason for pattern, reason in COUPLED.items() if fnmatchcase(case.name, pattern)]
+    marks = [pytest.mark.xfail(strict=True, raises=(Unsupported, AssertionError), reason=reason) for reason in reasons]
     return pytest.param(case, id=case.name, marks=marks)
 
 
@@ -53,10 +49,10 @@ def test_the_loop_s_gradients_sum_to_the_batch_s(case: Case) -> None:
     with torch.random.fork_rng(devices=[]):  # dropout draws from the global state
         rows = get_backend("naive").grads(setup.model, setup.loss_fn)(setup.inputs, setup.targets)
         losses = setup.loss_fn(call(setup.model, setup.inputs), setup.targets)
-    batch = torch.autograd.grad(losses.sum(), list(parameters.values()), materialize_grads=True)
+        batch = batch_gradient(setup.model, setup.loss_fn, setup.inputs, setup.targets)
     assert losses.shape == setup.targets.shape[:1]
     assert rows.keys() == parameters.keys()
-    for (name, row), whole in zip(rows.items(), batch, strict=True):
+    for (name, row), whole in zip(rows.items(), batch.values(), strict=True):
         # float64 rounding of sums of fewer than 1e4 terms of a size near 1
         torch.testing.assert_close(
             dense(row).sum(0), dense(whole), rtol=1e-9, atol=1e-11, msg=partial("{}: {}".format, name)

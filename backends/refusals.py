@@ -1,0 +1,79 @@
+"""How a backend refuses: the exceptions, the switch that lets libraries have their way, and the words."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class Unsupported(Exception):
+    """A backend refuses: the reason names the module path, the option and why."""
+
+
+class Unavailable(Exception):
+    """A backend's library is not installed: the reason says how to install it."""
+
+
+_GUARDED: ContextVar[bool] = ContextVar("guarded", default=True)
+
+
+def guarded() -> bool:
+    """Return whether backends refuse what their library would silently get wrong; it is so unless `unguarded`."""
+    return _GUARDED.get()
+
+
+@contextmanager
+def unguarded() -> Iterator[None]:
+    """Let backends return what their library returns, right or wrong, for as long as the block runs.
+
+    A rule that exists because a *library is silently wrong* asks `guarded()` first; so what the library would return
+    can be seen, and every rule can be shown to be needed. Refusals because the library itself raises stay.
+    """
+    token = _GUARDED.set(False)
+    try:
+        yield
+    finally:
+        _GUARDED.reset(token)
+
+
+def refuse_impure(model: nn.Module) -> None:
+    """Refuse modules whose samples have no gradients of their own, or that change their weights while they run.
+
+    Raises:
+        Unsupported: BatchNorm in training mode or without running statistics, an embedding with `max_norm` or
+            `scale_grad_by_freq`.
+    """
+    for path, module in model.named_modules():
+        where, kind = f"`{path or 'model'}`", type(module).__name__
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            option = "in training mode" if module.training else "with track_running_stats=False"
+            raise Unsupported(
+                f"{where} ({kind}) {option} mixes the samples of a batch, "
+                "so no sample has a gradient of its own; use eval() or GroupNorm"
+            )
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.weight.requires_grad:
+            if module.max_norm is not None:
+                raise Unsupported(f"{where} ({kind}(max_norm={module.max_norm})) changes its weights while it runs")
+            if module.scale_grad_by_freq:
+                raise Unsupported(
+                    f"{where} ({kind}(scale_grad_by_freq=True)) divides gradients by counts over the batch, "
+                    "so no sample has a gradient of its own"
+                )
+
+
+def describe(path: str, module: nn.Module, *, options: bool = False) -> str:
+    """Return "`path` (Type)" for a message, or "`path` (Type(its options))" for a module without children."""
+    leaf = not any(True for _ in module.children())
+    return f"`{path or 'model'}` ({first_line_of(repr(module)) if options and leaf else type(module).__name__})"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type's name when it has none."""
+    return first_line_of(str(error)) or type(error).__name__
+
+
+def first_line_of(text: str) -> str:
+    """Return the first line of a text that is not empty, or an empty string."""
+    return next(iter(text.strip().splitlines()), "")
