@@ -12,13 +12,14 @@ import sys
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from backends.base import BACKENDS, Backend
+from backends.registry import options_of
 
 ENTRY_POINTS = "testbed.backends"
 
-__all__ = ["available", "backend_class", "get_backend", "load_plugin", "reference"]
+__all__ = ["available", "backend_class", "get_backend", "load_plugin", "reference", "variants"]
 
 
 @cache
@@ -51,6 +52,17 @@ def get_backend(name: str, **options: Any) -> Backend:  # noqa: ANN401  options 
     """
     cls = backend_class(name)
     return cls(**BACKENDS.check(name, options))
+
+
+def variants() -> list[tuple[str, dict[str, Any]]]:
+    """Return every backend with its defaults, and with each other value of its options that are choices."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    for name in available():
+        found.append((name, {}))
+        for option, parameter in options_of(BACKENDS[name]).items():
+            values = get_args(parameter.annotation) if get_origin(parameter.annotation) is Literal else ()
+            found += [(name, {option: value}) for value in values if value != parameter.default]
+    return found
 
 
 def reference() -> str:

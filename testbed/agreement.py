@@ -36,6 +36,9 @@ Runs: TypeAlias = Sequence[Rows]
 Draw: TypeAlias = Callable[[int, float, Tensor], Rows]
 """(k, relative size of the perturbation, rows wanted) -> the reference's rows for them at perturbed inputs."""
 
+Cloud: TypeAlias = Callable[[int, Tensor], Tensor]
+"""(k, rows) -> ‖y_k − t‖ [rows, P] of the k-th perturbed run."""
+
 SIZES = (1.0, 2.0, 4.0, 8.0, 16.0)  # perturbations in roundings; wider than one, since one alone gave false alarms
 FLOAT64_SLACK = (
     2.0**20
@@ -86,9 +89,7 @@ class Rule(ABC):
     same_function: ClassVar[bool] = True  # whether question 1 is asked too
 
     @abstractmethod
-    def judge(
-        self, result: Rows, truth: Rows, yardsticks: Sequence[Rows], draw: Draw, *, per_sample: bool
-    ) -> Agreement:
+    def judge(self, result: Rows, truth: Rows, yardsticks: Runs, draw: Draw, *, per_sample: bool) -> Agreement:
         """Hold a result in the run's dtype against the float64 truth and runs of the reference in that dtype."""
 
 
@@ -105,41 +106,43 @@ class Calibrated(Rule):
     factor: float = 4.0
     draws: int = 20
 
-    def judge(
-        self, result: Rows, truth: Rows, yardsticks: Sequence[Rows], draw: Draw, *, per_sample: bool
-    ) -> Agreement:
+    def judge(self, result: Rows, truth: Rows, yardsticks: Runs, draw: Draw, *, per_sample: bool) -> Agreement:
         """Answer question 2: is the result as near the float64 truth as its dtype allows?"""
         u = unit_roundoff(yardsticks[0])
-        size = norms(truth)
-        base = u * torch.maximum(size, _over_parameters(size) / 16)
-        for yardstick in yardsticks:
-            base = torch.maximum(base, distance(yardstick, truth))
-        found = self._judge("precision", result, truth, base, draw, u, per_sample)
+        base = precision_base(truth, yardsticks)
+        found = self._judge("precision", result, truth, base, cloud(truth, draw, u), per_sample)
         if not (found.agrees and per_sample):
             return found
         return replace(found, ill_conditioned=tuple(sorted({*found.ill_conditioned, *_outliers(base, truth, u)})))
 
     def is_same_function(self, result: Rows, truth: Rows, draw: Draw, *, per_sample: bool) -> Agreement:
         """Answer question 1: do two float64 results differ by no more than float64 rounding?"""
-        u = unit_roundoff(truth)
-        size = norms(truth)
-        base = FLOAT64_SLACK * u * torch.maximum(size, _over_parameters(size) / 16)
-        return self._judge("same function", result, truth, base, draw, u, per_sample)
+        distances = cloud(truth, draw, unit_roundoff(truth))
+        return self._judge("same function", result, truth, same_function_base(truth), distances, per_sample)
 
-    def _judge(
-        self, question: str, result: Rows, truth: Rows, base: Tensor, draw: Draw, u: float, per_sample: bool
-    ) -> Agreement:
-        error = distance(result, truth)
+    def decide(self, error: Tensor, base: Tensor, distances: Cloud) -> tuple[Tensor, tuple[int, ...]]:
+        """Return the excess [R, P], above 1 where the result disagrees, and the rows that only the cloud excuses.
+
+        Args:
+            error: ‖g−t‖(i,p).
+            base: What stage 1 allows, but for the factor.
+            distances: The cloud.
+        """
         excess = error / (self.factor * base).clamp_min(TINY)
         failing = (~(excess <= 1)).any(1).nonzero().flatten()  # NaN fails
         if not len(failing) or len(failing) > max(4, len(base) / 8):
-            return _answer(question, excess, error, truth, (), per_sample)
-        some = {name: t[failing] for name, t in truth.items()}
+            return excess, ()
         allowed = base[failing]
         for k in range(self.draws):
-            allowed = torch.maximum(allowed, distance(draw(k, SIZES[k % len(SIZES)] * u, failing), some))
+            allowed = torch.maximum(allowed, distances(k, failing))
         excess[failing] = error[failing] / (self.factor * allowed).clamp_min(TINY)
-        excused = tuple(int(i) for i in failing if excess[i].max() <= 1)
+        return excess, tuple(int(i) for i in failing if excess[i].max() <= 1)
+
+    def _judge(
+        self, question: str, result: Rows, truth: Rows, base: Tensor, distances: Cloud, per_sample: bool
+    ) -> Agreement:
+        error = distance(result, truth)
+        excess, excused = self.decide(error, base, distances)
         return _answer(question, excess, error, truth, excused if per_sample else (), per_sample)
 
 
@@ -158,9 +161,7 @@ class AllClose(Rule):
     atol: float = 3e-3
     rtol: float = 1e-5
 
-    def judge(
-        self, result: Rows, truth: Rows, yardsticks: Sequence[Rows], draw: Draw, *, per_sample: bool
-    ) -> Agreement:
+    def judge(self, result: Rows, truth: Rows, yardsticks: Runs, draw: Draw, *, per_sample: bool) -> Agreement:
         """Compare every number with the yardstick's; see `torch.allclose`."""
         y = {name: t.double() for name, t in yardsticks[0].items()}
         gaps = {name: (result[name].double() - t).abs() / (self.atol + self.rtol * t.abs()) for name, t in y.items()}
@@ -168,10 +169,37 @@ class AllClose(Rule):
         return _answer("allclose", excess, distance(result, truth), truth, (), per_sample)
 
 
+def cloud(truth: Rows, draw: Draw, u: float) -> Cloud:
+    """Return the distances from the truth of reference runs that are perturbed by a few roundings u."""
+
+    def distances(k: int, rows: Tensor) -> Tensor:
+        return distance(draw(k, SIZES[k % len(SIZES)] * u, rows), {name: t[rows] for name, t in truth.items()})
+
+    return distances
+
+
+def precision_base(truth: Rows, yardsticks: Runs) -> Tensor:
+    """Return max(‖y−t‖(i,p), u·‖t(i,p)‖, u/16·‖t(i)‖) [R, P]; of several yardsticks the farthest counts."""
+    base = _roundings(truth, unit_roundoff(yardsticks[0]))
+    for yardstick in yardsticks:
+        base = torch.maximum(base, distance(yardstick, truth))
+    return base
+
+
+def same_function_base(truth: Rows) -> Tensor:
+    """Return what float64 rounding alone may do [R, P]."""
+    return FLOAT64_SLACK * _roundings(truth, unit_roundoff(truth))
+
+
+def _roundings(truth: Rows, u: float) -> Tensor:
+    """Return max(u·‖t(i,p)‖, u/16·‖t(i)‖) [R, P]: what nobody can be blamed for."""
+    size = norms(truth)
+    return u * torch.maximum(size, _over_parameters(size) / 16)
+
+
 def _outliers(base: Tensor, truth: Rows, u: float) -> list[int]:
     """Return the samples that the yardstick itself is far off on, in roundings, compared with the typical sample."""
-    size = norms(truth)
-    roundings = (base / (u * torch.maximum(size, _over_parameters(size) / 16)).clamp_min(TINY)).amax(1)
+    roundings = (base / _roundings(truth, u).clamp_min(TINY)).amax(1)
     return [int(i) for i in (roundings > OUTLIER * roundings.median()).nonzero().flatten()]
 
 

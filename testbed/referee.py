@@ -189,6 +189,10 @@ class Referee:
         found: Result = fn(inputs, targets)
         return found
 
+    def draws(self) -> Draw:
+        """Return the function that draws perturbed runs of the reference in the run's dtype."""
+        return self._draw(self.run, fresh=False)
+
     def _draw(self, problem: Problem, fresh: bool) -> Draw:
         """Return the function that draws the reference's rows at inputs and parameters moved by a few roundings."""
         inputs, targets = batch_of(problem, fresh)

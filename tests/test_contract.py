@@ -1,16 +1,15 @@
 """The contract, for every backend that discovery finds × every case. A new backend enters by itself."""
 
 import copy
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, get_args, get_origin
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from backends import available, backend_class, get_backend
+from backends import backend_class, get_backend, variants
 from backends.base import QUANTITIES, Backend, Unavailable, Unsupported, own_copy, trainable
 from backends.batch import apply, call, size, take
-from backends.registry import options_of
 from testbed.integrity import Snapshot
 from tests.asserts import assert_close, assert_form
 from tests.cases import Case, cases
@@ -20,21 +19,7 @@ CASES = cases()
 Run = Callable[..., Any]
 
 
-def variants() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield every backend with its defaults, and with every value of its options that are choices."""
-    for name in available():
-        yield name, {}
-        for option, parameter in options_of(backend_class(name)).items():
-            if get_origin(parameter.annotation) is Literal:
-                for value in get_args(parameter.annotation):
-                    if value != parameter.default:
-                        yield name, {option: value}
-
-
-VARIANTS = list(variants())
-
-
-@pytest.fixture(params=VARIANTS, ids=lambda v: f"{v[0]}{v[1] or ''}")
+@pytest.fixture(params=variants(), ids=lambda v: f"{v[0]}{v[1] or ''}")
 def backend(request: pytest.FixtureRequest) -> Backend:
     name, options = request.param
     try:

@@ -109,7 +109,8 @@ class Block(nn.Module):
         """Return [N, length, width] of the same."""
         q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        mixed: Tensor = x + self.down(F.gelu(self.up(self.norm2(x))))
+        return mixed
 
 
 @register_model("transformer")

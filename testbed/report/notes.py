@@ -72,10 +72,9 @@ def _checked(records: Sequence[Record]) -> list[str]:
     if "dropout" in about:
         found.append("Dropout: masks were drawn once and given to every backend as inputs.")
     asked = next((r.agreement for r in records if "checked_samples" in r.agreement), {})
-    if asked.get("checked_samples", about["batch_size"]) < about["batch_size"]:
-        found.append(
-            f"Agreement was checked on {asked['checked_samples']} of {about['batch_size']} samples, at random."
-        )
+    n, checked = about["batch_size"], asked.get("checked_samples", about["batch_size"])
+    if checked < n:
+        found.append(f"Agreement was checked on {checked} of {n} samples, drawn at random.")
     if asked.get("nondeterminism"):
         gap = asked["nondeterminism"]
         found.append(f"Two runs of the reference differ by {gap:.1g} of its norm: kernels here are nondeterministic.")

@@ -77,7 +77,7 @@ def _table(records: Sequence[Record]) -> Table:
     first = records[0]
     baseline = next((r.timing["baseline"] for r in records if r.timing.get("baseline")), "baseline")
     header = ("backend", "status", "agrees", "median", f"× {baseline}", "× step", "peak", "first")
-    rows = [_row(r) for r in records]
+    rows = [_row(r) for r in sorted(records, key=lambda r: r.status != "ok")]
     if step := next((r.timing["ordinary"] for r in records if r.timing.get("ordinary")), None):
         rows.append(("ordinary step", "", "", _median(step), "", "1", "", ""))
         bound = next(r.timing["limit"] for r in records if r.timing.get("limit"))
