@@ -2,9 +2,12 @@
 
 import argparse
 import inspect
+import io
+import os
 import platform
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,14 +19,14 @@ import testbed
 from backends import available, load_plugin
 from backends.base import BACKENDS, Unavailable, first_line
 from backends.registry import Registry, options_of
-from testbed.api import cells, run_experiment
+from testbed.api import cells, run_experiment, set_precision
 from testbed.experiment import Experiment, load_experiment, resolve_device
 from testbed.problems import DATA, LOSSES, MODELS, ProblemError
 from testbed.progress import progress
-from testbed.records import EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, Record, exit_code
+from testbed.records import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, Record, exit_code
 from testbed.report import Report
 from testbed.run_folder import RunFolder
-from testbed.yaml_source import ConfigError, read
+from testbed.yaml_source import ConfigError
 
 RUN_EXAMPLES = """examples:
   python -m testbed experiments/mnist.yaml
@@ -38,16 +41,26 @@ exit codes: 0 as expected, 1 a backend is wrong, 2 usage, 3 a cell failed, 130 i
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without "×" gets its code, not an exception
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command: Callable[[Sequence[str]], int] = _list if arguments[:1] == ["list"] else _run
     try:
-        return command(arguments)
+        code = command(arguments)
+        sys.stdout.flush()
+        return code
     except (ConfigError, ProblemError) as error:
         print(f"testbed: error: {error}", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt:
         print("testbed: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:  # whoever read the output has enough, as in `… list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+        return EXIT_INTERRUPTED
+    except Exception:  # a fault of the program or of a plug-in; Python's own exit code 1 would say "a backend is wrong"
+        traceback.print_exc()
+        return EXIT_FAILED
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -79,6 +92,7 @@ def _run(arguments: Sequence[str]) -> int:
         return _dry_run(experiment, device)
     name = Path(options.experiment).stem
     folder = RunFolder.create(options.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    set_precision(experiment)
     folder.describe(experiment, device)
     auto = " (auto)" if experiment.device == "auto" else ""
     print(f"{name}: {experiment.description.strip() or 'no description'}\ndevice: {device}{auto}\n", flush=True)
@@ -142,7 +156,14 @@ def _entries(registry: Registry[Any]) -> list[tuple[str, str]]:
 
 def _experiments() -> list[tuple[str, str]]:
     folder = Path("experiments") if Path("experiments").is_dir() else Path(__file__).parent.parent / "experiments"
-    return [(str(f), str(read(f).data.get("description", "")).strip()) for f in sorted(folder.glob("**/*.yaml"))]
+    return [(str(f), _description(f)) for f in sorted(folder.glob("**/*.yaml"))]
+
+
+def _description(file: Path) -> str:
+    try:
+        return load_experiment(file).description.strip()
+    except ConfigError as error:
+        return f"cannot be run: {error}"
 
 
 def _add_plugin(parser: argparse.ArgumentParser) -> None:
@@ -159,17 +180,18 @@ def _load_plugins(files: Sequence[str]) -> None:
     for file in files:
         try:
             load_plugin(file)
-        except Exception as error:
-            line = getattr(error, "lineno", None) or _line_in(file, error)
+        except (Exception, SystemExit) as error:
+            line = _line_in(file, error)
             place = f"{file}:{line}" if line else file
             raise ConfigError(f"{place}: {type(error).__name__}: {first_line(error)}") from None
 
 
 def _line_in(file: str, error: BaseException) -> int | None:
     """Return the line of a plug-in in which an error arose."""
-    import traceback
-
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == Path(file).resolve()]
+    plugin = Path(file).resolve()
+    if isinstance(error, SyntaxError) and error.filename and Path(error.filename) == plugin:
+        return error.lineno
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == plugin]
     return frames[-1].lineno if frames else None
 
 

@@ -9,7 +9,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from backends import available, reference
 from backends.base import BACKENDS, QUANTITIES, Backend
-from backends.registry import BadOption, Registry, UnknownName, check_options, did_you_mean, explain, unknown
+from backends.registry import (
+    BadOption,
+    Registry,
+    UnknownName,
+    check_options,
+    did_you_mean,
+    explain,
+    options_of,
+    unknown,
+)
 from testbed.agreement import RULES
 from testbed.problems import DATA, LOSSES, MODELS
 from testbed.records import STATUSES
@@ -222,7 +231,8 @@ def _refuse_bad_option(kind: str, choice: Choice, thing: Any, path: KeyPath, sou
     try:
         check_options(kind, choice.name, thing, choice.options)
     except BadOption as error:
-        raise ConfigError(f"{source.place((*path, choice.name, *error.path))}: {error}") from None
+        unknown_option = error.path[0] not in options_of(thing)
+        raise ConfigError(f"{source.place((*path, choice.name, *error.path), key=unknown_option)}: {error}") from None
 
 
 def _tuples(value: Any) -> Any:  # noqa: ANN401  recursion over YAML data

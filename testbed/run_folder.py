@@ -26,11 +26,12 @@ class RunFolder:
         Raises:
             ConfigError: It cannot be made, or holds another run.
         """
-        if (path / "results.jsonl").exists():
-            raise ConfigError(f"--out {path}: holds a run already; give another folder")
+        results = path / "results.jsonl"
         try:
             path.mkdir(parents=True, exist_ok=True)
-            (path / "results.jsonl").touch()
+            results.touch()
+            if results.stat().st_size:  # a run that ended before its first record may be repeated here
+                raise ConfigError(f"--out {path}: holds a run already; give another folder")
         except OSError as error:
             raise ConfigError(f"--out {path}: cannot be made: {error.strerror}") from None
         return cls(path)

@@ -4,6 +4,7 @@ PyYAML parses; what is made of it is decided here: YAML 1.2 scalars (`1e-5` is a
 no tags, no duplicate keys, no second document, and no more nodes than a person would write.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,7 +104,8 @@ class Source:
             place = self._line_and_column(before.count("\n"), len(before) - before.rfind("\n") - 1)
             raise ConfigError(f"{place}: not YAML: a control character ({chr(error.character)!r})") from None
         except RecursionError:
-            raise ConfigError(f"{self.name}: nested too deeply; at most {MAX_DEPTH} levels are allowed") from None
+            place = self._line_and_column(0, 0)
+            raise ConfigError(f"{place}: nested too deeply; at most {MAX_DEPTH} levels are allowed") from None
         if len(documents) > 1:
             raise ConfigError(f"{self._at(documents[1].start_mark)}: a second document; one file holds one experiment")
         return documents[0] if documents else None
@@ -115,7 +117,8 @@ class Source:
         self._nodes += 1
         place = self._at(node.start_mark)
         if self._nodes > MAX_NODES:
-            raise ConfigError(f"{place}: more than {MAX_NODES} values, aliases expanded")
+            whole = self.place(path[:1], key=True)  # an alias has no place of its own, the key above it has
+            raise ConfigError(f"{whole}: more than {MAX_NODES} values, aliases expanded")
         if node in above:
             raise ConfigError(f"{place}: an alias refers to what contains it")
         if len(above) > MAX_DEPTH:
@@ -182,17 +185,20 @@ def read(file: str | Path) -> Source:
     return Source(text, str(file))
 
 
-def write(data: Any) -> str:  # noqa: ANN401  YAML data
-    """Return plain data as YAML that `read` reads as the same data."""
-    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+def write(data: Any, *, inline: bool = False) -> str:  # noqa: ANN401  YAML data
+    """Return plain data as YAML that `read` reads as the same data; on one line if `inline`."""
+    style: dict[str, Any] = {"default_flow_style": True, "width": math.inf} if inline else {}
+    text = str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **style))
+    return text.removesuffix("...\n").strip() if inline else text
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes, beside what PyYAML quotes, the text that YAML 1.2 reads as something else, such as "1e-5"."""
+    """Quotes more than PyYAML does: text that YAML 1.2 reads as a number, such as "1e-5", and what is not printable."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if _scalar(text) == text else "'")
+    plain = _scalar(text) == text and text.isprintable()
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
 
 
 _Dumper.add_representer(str, _represent_text)

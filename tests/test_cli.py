@@ -1,0 +1,466 @@
+"""The command line: what it prints, what it leaves, and with which exit code it ends."""
+
+import io
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import testbed
+import testbed.__main__ as command_line
+from backends import available
+from testbed.problems import DATA, LOSSES, MODELS, register_model
+from testbed.records import read_records
+
+ROOT = Path(__file__).parent.parent
+FIELDS = """cell experiment problem backend options quantity status reason agreement diagnosis phases timing memory
+    environment"""
+TIMING = {"median_s", "p5_s", "p95_s", "samples_s", "ratio", "ratio_ci", "verdict"}
+SMALL = """
+description: A small one.
+model: logistic
+data: {random: {shape: [5], classes: 3}}
+loss: nll
+batch_size: 4
+device: cpu
+timing: {rounds: 2, max_s: 1}
+backends: [naive, vmap]
+"""
+PLUGIN = """
+from dataclasses import dataclass
+
+from backends.base import Backend, Unsupported, register, trainable
+
+
+@register("mine", requires={})
+@dataclass(frozen=True)
+class Mine(Backend):
+    def grads(self, model, loss_fn):
+        ...
+"""
+FILLED = "return lambda x, y: {k: p.new_full((len(x), *p.shape), %s) for k, p in trainable(model).items()}"
+ENDS = {
+    "unsupported": ("raise Unsupported('not this')", 0),
+    "unavailable": ("", 0),
+    "disagrees": (FILLED % "0", 1),
+    "nonfinite": (FILLED % "float('nan')", 1),
+    "error": ("raise RuntimeError('boom')", 3),
+    "oom": ("raise MemoryError('too much')", 3),
+    "interrupted": ("raise KeyboardInterrupt", 130),
+}  # the body of `grads` that gives a status, and the exit code of the run
+
+BAD_PLUGINS = {
+    "syntax error": ("x = 1\ndef f(:\n", "2: SyntaxError: "),
+    "raises": ("import json\n\njson.loads('{')\n", "3: JSONDecodeError: "),
+    "raises in a function": ("def f():\n    raise ValueError('a\\nb')\n\nf()\n", "2: ValueError: a"),
+    "exits": ("import sys\nsys.exit(0)\n", "2: SystemExit: 0"),
+    "missing import": ("import no_such_module\n", "1: ModuleNotFoundError: No module named 'no_such_module'"),
+    "name of a built-in backend": (PLUGIN.replace("mine", "naive"), "7: ValueError: two backends are named 'naive': "),
+    "name of a built-in model": (
+        "from testbed import register_model\n\n@register_model('mlp')\ndef mine(example):\n    ...\n",
+        "3: ValueError: two models are named 'mlp': ",
+    ),
+    "no backend": (
+        "from backends.base import register\n\n@register('x')\nclass X: ...\n",
+        "3: TypeError: backend 'x' must be a class derived from Backend",
+    ),
+    "binary": ("\0", " SyntaxError: source code "),
+}  # the text, and where and what the error is
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Return a function that runs a command line in this process."""
+
+    def run(*arguments: object) -> Ended:
+        try:
+            code = command_line.main([str(a) for a in arguments])
+        except SystemExit as end:  # argparse
+            code = int(end.code or 0)
+        return Ended(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a small experiment in an empty folder, which is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.yaml").write_text(SMALL, encoding="utf-8")
+    return tmp_path / "small.yaml"
+
+
+def plugin(folder: Path, text: str) -> Path:
+    (folder / "plug.py").write_text(text, encoding="utf-8")
+    return folder / "plug.py"
+
+
+def backend(folder: Path, status: str) -> Path:
+    """Write a plug-in whose backend `mine` ends with a status."""
+    requires = "{'no_such_library': 'no-such-library'}" if status == "unavailable" else "{}"
+    return plugin(folder, PLUGIN.replace("{}", requires).replace("...", ENDS[status][0] or "..."))
+
+
+def message(ended: Ended) -> str:
+    """Return what a user error says; it is one line and nothing else."""
+    assert (ended.code, ended.out) == (2, "")
+    assert re.fullmatch(r"testbed: error: .*\n", ended.err)
+    return ended.err.removeprefix("testbed: error: ").rstrip("\n")
+
+
+class TestHelp:
+    def test_help_has_examples(self, call: Any) -> None:
+        code, out, _ = call("--help")
+        assert code == 0
+        assert "\nexamples:\n  python -m testbed experiments/mnist.yaml\n" in out
+        assert "exit codes:" in out
+
+    def test_version(self, call: Any) -> None:
+        code, out, _ = call("--version")
+        assert code == 0
+        assert f"testbed {testbed.__version__} (torch {torch.__version__}, Python" in out
+
+    def test_nothing_is_usage(self, call: Any) -> None:
+        code, _, err = call()
+        assert code == 2
+        assert "usage: python -m testbed" in err
+
+    @pytest.mark.parametrize("option", ["--plugn", "--device=gpu"])
+    def test_unknown_option_is_usage(self, call: Any, small: Path, option: str) -> None:
+        code, _, err = call(small, option)
+        assert code == 2
+        assert option.split("=")[-1] in err.splitlines()[-1]
+
+
+KINDS = {"backends": available(), "models": MODELS, "data": DATA, "losses": LOSSES}
+
+
+class TestList:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_kind_lists_its_names(self, call: Any, kind: str) -> None:
+        code, out, _ = call("list", kind)
+        first, *lines = out.splitlines()
+        assert (code, first) == (0, kind)
+        assert [line.split()[0] for line in lines] == sorted(KINDS[kind])
+
+    def test_names_come_with_a_line_and_their_options(self, call: Any) -> None:
+        out = call("list", "backends").out
+        assert re.search(
+            r"^  vmap +`vmap\(grad\(loss\)\)` over the batch. \(options: chunk_size, randomness\)$", out, re.M
+        )
+
+    def test_experiments(self, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(ROOT)
+        code, out, _ = call("list", "experiments")
+        assert code == 0
+        assert re.search(r"^  experiments/mnist.yaml +PyTorch's per-sample-gradient tutorial", out, re.M)
+
+    def test_experiment_that_is_wrong_hides_no_other(self, call: Any, small: Path) -> None:
+        (small.parent / "experiments").mkdir()
+        (small.parent / "experiments" / "a.yaml").write_text("- 3", encoding="utf-8")
+        small.rename("experiments/b.yaml")
+        code, out, _ = call("list", "experiments")
+        assert code == 0
+        assert re.search(r"a.yaml +cannot be run: experiments/a.yaml:1:1: expected keys", out)
+        assert re.search(r"b.yaml +A small one.", out)
+
+    def test_everything(self, call: Any) -> None:
+        code, out, _ = call("list")
+        assert code == 0
+        assert [line for line in out.splitlines() if not line.startswith(" ")] == [*KINDS, "experiments"]
+
+    def test_plugin_is_listed(self, call: Any, tmp_path: Path) -> None:
+        assert re.search("^  mine ", call("list", "backends", "--plugin", backend(tmp_path, "error")).out, re.M)
+
+    def test_missing_library_is_said(self, call: Any, tmp_path: Path) -> None:
+        out = call("list", "backends", "--plugin", backend(tmp_path, "unavailable")).out
+        assert re.search("^  mine +unavailable: pip install no-such-library$", out, re.M)
+
+    def test_typo_of_a_kind(self, call: Any) -> None:
+        code, out, err = call("list", "backend")
+        assert (code, out) == (2, "")
+        assert "invalid choice: 'backend'" in err
+        assert "losses" in err
+
+
+class TestDryRun:
+    def test_builds_no_model_and_writes_nothing(self, call: Any, small: Path) -> None:
+        @register_model("never_made")
+        def never_made(example: object) -> None:
+            raise AssertionError("a dry run has made a model")
+
+        code, out, err = call(small, "--dry-run", "--set", "model=never_made", "--out", "run")
+        assert (code, err) == (0, "")
+        assert "model: never_made" in out
+        assert list(small.parent.iterdir()) == [small]
+
+    def test_says_every_cell(self, call: Any, small: Path) -> None:
+        out = call(
+            small, "--dry-run", "--set", "quantities=[grads, norms]", "--set", "backends.1.vmap.chunk_size=2"
+        ).out
+        assert re.findall("^would run .*", out, re.M) == [
+            f"would run {quantity} with {label} on cpu"
+            for quantity in ("grads", "norms")
+            for label in ("naive", "vmap(chunk_size=2)")
+        ]
+
+    def test_only(self, call: Any, small: Path) -> None:
+        assert re.findall("with (.*) on", call(small, "--dry-run", "--only", "vmap").out) == ["vmap"]
+
+
+class TestUserErrors:
+    """Exit code 2 and one line, before anything is built or written."""
+
+    def test_mistake_in_the_yaml(self, call: Any, small: Path) -> None:
+        small.write_text("modle: mlp", encoding="utf-8")
+        assert message(call(small)).startswith(f"{small}:1:1: unknown key 'modle' (did you mean 'model'?)")
+
+    def test_mistake_in_set(self, call: Any, small: Path) -> None:
+        assert message(call(small, "--set", "batch_size=0")).startswith("--set batch_size=0: 'batch_size': should be")
+
+    def test_unknown_only(self, call: Any, small: Path) -> None:
+        assert message(call(small, "--only", "vmpa")).startswith(
+            "--only: unknown backend 'vmpa' (did you mean 'vmap'?)"
+        )
+
+    def test_file_that_is_not_there(self, call: Any, small: Path) -> None:
+        assert message(call("smal.yaml")) == "smal.yaml: no such file; there are small.yaml"
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+    def test_cuda_without_a_gpu(self, call: Any, small: Path) -> None:
+        assert message(call(small, "--device", "cuda")).startswith("device 'cuda': PyTorch finds no CUDA device here")
+        assert list(small.parent.iterdir()) == [small]
+
+    def test_out_that_holds_a_run(self, call: Any, small: Path) -> None:
+        (small.parent / "run").mkdir()
+        (small.parent / "run" / "results.jsonl").write_text("{}\n", encoding="utf-8")
+        assert message(call(small, "--out", "run")) == "--out run: holds a run already; give another folder"
+
+    @pytest.mark.parametrize("out", ["small.yaml", "small.yaml/run"])
+    def test_out_that_cannot_be_made(self, call: Any, small: Path, out: str) -> None:
+        assert message(call(small, "--out", out)).startswith(f"--out {out}: cannot be made: ")
+
+    def test_problem_that_does_not_fit(self, call: Any, small: Path) -> None:
+        ended = call(small, "--set", "model=simple_cnn")
+        assert ended.code == 2
+        assert ended.err.endswith("model 'simple_cnn' takes 1×28×28 inputs with 10 outputs, the data has 5 with 3\n")
+
+    def test_folder_of_a_run_that_never_began_can_be_used(self, call: Any, small: Path) -> None:
+        assert call(small, "--set", "model=simple_cnn", "--out", "run").code == 2
+        assert call(small, "--only", "naive", "--out", "run").code == 0
+
+    @pytest.mark.parametrize(("text", "says"), BAD_PLUGINS.values(), ids=BAD_PLUGINS)
+    def test_plugin(self, call: Any, small: Path, text: str, says: str) -> None:
+        file = plugin(small.parent, text)
+        assert message(call(small, "--plugin", file)).startswith(f"{file}:{says}")
+
+    @pytest.mark.parametrize("command", [["list"], ["small.yaml"]], ids=["list", "run"])
+    def test_missing_plugin(self, call: Any, small: Path, command: list[str]) -> None:
+        assert message(call(*command, "--plugin", "x.py")) == "x.py: FileNotFoundError: no plugin file x.py"
+
+    def test_error_in_what_a_plugin_imports_is_placed_in_the_plugin(
+        self, call: Any, small: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (small.parent / "helper_of_plug.py").write_text("x = 1\n\n\ndef f(:\n", encoding="utf-8")
+        monkeypatch.syspath_prepend(small.parent)
+        file = plugin(small.parent, "import helper_of_plug\n")
+        said = message(call(small, "--plugin", file))
+        assert re.match(rf"{file}:1: SyntaxError: .*helper_of_plug.py, line 4", said)
+
+
+class TestRun:
+    def test_default_folder_is_named_after_experiment_and_time(self, call: Any, small: Path) -> None:
+        assert call(small).code == 0
+        (folder,) = (small.parent / "runs").iterdir()
+        assert re.fullmatch(r"small-\d{8}-\d{6}", folder.name)
+
+    @pytest.mark.parametrize("status", ENDS)
+    def test_exit_code(self, call: Any, small: Path, status: str) -> None:
+        file = backend(small.parent, status)
+        code, out, err = call(small, "--plugin", file, "--set", "backends.1=mine", "--out", "run")
+        (mine,) = (r for r in read_records(Path("run/results.jsonl")) if r.backend == "mine")
+        assert (mine.status, code) == (status, ENDS[status][1])
+        assert mine.reason in " ".join(out.split())
+        assert "Traceback" not in out + err
+
+    @pytest.mark.parametrize(
+        ("status", "expect", "code"),
+        [
+            ("disagrees", "mine=disagrees", 0),
+            ("error", "mine=error", 0),
+            ("unsupported", "mine=ok", 1),
+            ("disagrees", "mine=nonfinite", 1),
+            ("unsupported", "naive=disagrees", 1),
+            ("error", "naive=ok", 3),
+        ],
+    )
+    def test_expect_sets_the_exit_code(self, call: Any, small: Path, status: str, expect: str, code: int) -> None:
+        arguments = ("--plugin", backend(small.parent, status), "--set", "backends.1=mine", "--set", f"expect.{expect}")
+        assert call(small, *arguments).code == code
+
+    def test_traceback_of_a_cell_is_kept(self, call: Any, small: Path) -> None:
+        call(small, "--plugin", backend(small.parent, "error"), "--set", "backends.1=mine", "--out", "run")
+        log = Path("run/errors.log").read_text(encoding="utf-8")
+        assert log.startswith("mine, grads\nTraceback")
+        assert log.rstrip().endswith("RuntimeError: boom")
+
+    def test_fault_of_the_program_is_no_disagreement(
+        self, call: Any, small: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: object) -> None:
+            raise ZeroDivisionError("our own")
+
+        monkeypatch.setattr(command_line, "run_experiment", fail)
+        code, _, err = call(small)
+        assert code == 3
+        assert err.endswith("ZeroDivisionError: our own\n")
+
+    def test_terminal_without_the_characters_gets_their_codes(
+        self, small: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        monkeypatch.setattr(sys, "stdout", out)
+        assert command_line.main([str(small), "--dry-run", "--set", "description=3×3"]) == 0
+        assert b"description: 3\\xd73" in out.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+OF_THE_CALLER = ("FORCE_COLOR", "NO_COLOR", "COLUMNS", "TERM", "PYTHONUNBUFFERED")  # would change what is tested
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in OF_THE_CALLER}
+
+
+def start(*arguments: object, **options: Any) -> Any:
+    """Start the command line as a process, its output piped."""
+    settings: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": ENVIRONMENT, **options}
+    command = [sys.executable, "-m", "testbed", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, text=True, **settings)
+
+
+def end(process: Any) -> Ended:
+    out, err = process.communicate(timeout=120)
+    return Ended(process.returncode, out, err)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
+    """Run the small experiment once, piped; return its folder and how it ended."""
+    folder = tmp_path_factory.mktemp("process")
+    (folder / "small.yaml").write_text(SMALL, encoding="utf-8")
+    return folder / "run", end(start(folder / "small.yaml", "--out", folder / "run"))
+
+
+class TestProcess:
+    """What only a process shows; each costs seconds."""
+
+    def test_ends_well_and_says_where_the_records_are(self, ran: tuple[Path, Ended]) -> None:
+        folder, ended = ran
+        assert ended.code == 0
+        assert ended.out.startswith("small: A small one.\ndevice: cpu\n")
+        assert ended.out.endswith(f"records in {folder}\n")
+
+    def test_table_has_every_backend_and_no_escape_codes(self, ran: tuple[Path, Ended]) -> None:
+        _, ended = ran
+        rows = [line.split()[:3] for line in ended.out.splitlines()]
+        assert ["naive", "ok", "yes"] in rows
+        assert ["vmap", "ok", "yes"] in rows
+        assert "\x1b" not in ended.out + ended.err
+
+    def test_progress_is_lines(self, ran: tuple[Path, Ended]) -> None:
+        lines = ran[1].err.splitlines()
+        assert [re.sub(r"^\[ *\d+\.\d s\] ", "", line) for line in lines] == [
+            "problem",
+            "grads: agreement",
+            "grads: timing",
+            "grads: memory, and agreement on fresh data",
+        ]
+
+    def test_records_have_the_promised_fields(self, ran: tuple[Path, Ended]) -> None:
+        records = [json.loads(line) for line in (ran[0] / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+        assert [r["backend"] for r in records] == ["naive", "vmap"]
+        for record in records:
+            assert list(record) == FIELDS.split()
+            assert record["timing"].keys() >= TIMING
+            assert len(record["timing"]["samples_s"]) == 2
+            assert record["environment"]["versions"]["torch"] in torch.__version__
+
+    def test_environment_is_that_of_the_records(self, ran: tuple[Path, Ended]) -> None:
+        environment = json.loads((ran[0] / "environment.json").read_text(encoding="utf-8"))
+        recorded = read_records(ran[0] / "results.jsonl")[0].environment
+        assert environment == {key: recorded[key] for key in environment}
+
+    def test_resolved_experiment_runs_again(self, ran: tuple[Path, Ended], call: Any, tmp_path: Path) -> None:
+        def cells(folder: Path) -> list[tuple[Any, ...]]:
+            return [(r.problem, r.backend, r.quantity, r.status) for r in read_records(folder / "results.jsonl")]
+
+        again = call(ran[0] / "experiment.yaml", "--out", tmp_path / "run")
+        assert again.code == 0
+        assert cells(tmp_path / "run") == cells(ran[0])
+        resolved = [(folder / "experiment.yaml").read_text(encoding="utf-8") for folder in (ran[0], tmp_path / "run")]
+        assert resolved[0] == resolved[1]
+
+    def test_user_error(self, tmp_path: Path) -> None:
+        assert message(end(start(tmp_path / "x.yaml"))).startswith(f"{tmp_path / 'x.yaml'}: no such file")
+
+    def test_reader_that_has_enough_ends_it_quietly(self) -> None:
+        with start("list", "models") as process:
+            process.stdout.close()
+            assert process.wait(timeout=60) == 130
+            assert process.stderr.read() == ""
+
+    def test_terminal_has_a_bar_and_no_colour_where_none_is_wanted(self, small: Path) -> None:
+        terminal, inside = pty.openpty()
+        environment = {**ENVIRONMENT, "TERM": "xterm-256color", "NO_COLOR": "1"}
+        with start(small, "--out", small.parent / "run", stdout=inside, stderr=inside, env=environment) as process:
+            os.close(inside)
+            shown = read_all(terminal)
+        assert process.returncode == 0
+        assert "grads: timing" in shown
+        assert "━" in shown
+        assert not re.search("\x1b\\[[0-9;]*(3|4|9|10)[0-8][;m]", shown)
+
+    def test_interrupt_keeps_what_was_measured(self, small: Path) -> None:
+        folder = small.parent / "run"
+        with start(small, "--out", folder, "--set", "timing={rounds: 1000000, max_s: 60}") as process:
+            wait_for(process, "grads: timing")
+            process.send_signal(signal.SIGINT)
+            since = time.monotonic()
+            code, out, err = end(process)
+        assert time.monotonic() - since < 10
+        assert (code, err) == (130, "")
+        assert out.endswith(f"interrupted; what was measured is in {folder}\n")
+        cells = [(r.backend, r.status) for r in read_records(folder / "results.jsonl")]
+        assert cells == [("naive", "interrupted"), ("vmap", "interrupted")]
+
+
+def wait_for(process: Any, words: str) -> None:
+    """Read a process' progress up to the line with these words."""
+    assert any(words in line for line in process.stderr)
+
+
+def read_all(terminal: int) -> str:
+    """Return everything that is written to a terminal until its last user has closed it."""
+    found = b""
+    try:
+        while part := os.read(terminal, 65536):
+            found += part
+    except OSError:  # Linux' way to say that it is closed
+        pass
+    os.close(terminal)
+    return found.decode()

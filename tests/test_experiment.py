@@ -1,0 +1,542 @@
+"""Experiments: every mistake in the YAML is one line with its place, what is right is read as it is meant."""
+
+import re
+import shlex
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from backends import available
+from backends.base import QUANTITIES
+from testbed.__main__ import main
+from testbed.agreement import RULES
+from testbed.experiment import Choice, Experiment, Timing, load_experiment
+from testbed.experiment_docs import README, rewrite
+from testbed.problems import DATA, LOSSES, MODELS
+from testbed.records import STATUSES
+from testbed.yaml_source import MAX_BYTES, ConfigError, Source, write
+
+ROOT = README.parent.parent
+BASE = "model: mlp\ndata: random\nloss: nll\n"
+HERE = "▸"  # in a YAML text below: where the error must point
+SHORT = st.text(max_size=20)
+PROPERTY = settings(deadline=None, derandomize=True)  # a first run imports and is slow; the same examples each time
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[..., Experiment]:
+    """Return a function that loads a YAML text, with the arguments of `load_experiment` after it."""
+
+    def load_text(text: str, *arguments: Any) -> Experiment:
+        (tmp_path / "e.yaml").write_text(text, encoding="utf-8")
+        return load_experiment(tmp_path / "e.yaml", *arguments)
+
+    return load_text
+
+
+def error_of(load: Callable[..., Experiment], *arguments: Any) -> str:
+    """Return the one line that loading ends with."""
+    with pytest.raises(ConfigError) as raised:
+        load(*arguments)
+    message = str(raised.value)
+    assert len(message.splitlines()) == 1
+    assert message.isprintable()
+    return message
+
+
+def bomb(levels: int) -> str:
+    """Return anchors that stand for 9 ** levels values."""
+    lines = ["a0: &a0 x"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, levels)]
+    return "\n".join(lines)
+
+
+KEYS = f"allowed: {', '.join(Experiment.model_fields)}"
+CHOICE = "should be a name, or {name: {option: value}}"
+TAG = "is not allowed; an experiment holds names, numbers and lists"
+EXPECTED = "expected keys such as 'model', 'data' and 'loss', found"
+TOO_MANY = "more than 10000 values, aliases expanded"
+
+MISTAKES = {
+    # keys
+    "misspelt key": (BASE + "▸bacth_size: 3", f"unknown key 'bacth_size' (did you mean 'batch_size'?); {KEYS}"),
+    "misspelt key in place of a required one": (
+        "▸modle: mlp\ndata: random\nloss: nll",
+        f"unknown key 'modle' (did you mean 'model'?); {KEYS}",
+    ),
+    "unknown key": (BASE + "▸xyz: 3", f"unknown key 'xyz'; {KEYS}"),
+    "misspelt key in a mapping": (
+        BASE + "timing: {max_s: 3, ▸round: 3}",
+        "unknown key 'round' (did you mean 'rounds'?); allowed: rounds, max_s, warmup",
+    ),
+    "merge key": (BASE + "▸<<: {batch_size: 3}", "unknown key '<<'"),
+    "key is a number": (BASE + "▸3: x", "unknown key '3'"),
+    "key of two lines": (BASE + '▸"a\\nb": x', "unknown key 'a\\nb'"),
+    "key is a list": (BASE + "? ▸[a, b]\n: 3", "a key must be a name"),
+    "missing key": ("▸model: mlp\ndata: random", "'loss' is required: The loss, by name;"),
+    "duplicate key": (BASE + "seed: 1\n▸model: mlp", "duplicate key 'model', first in line 1"),
+    "duplicate key in a mapping": (
+        BASE + "timing: {rounds: 3, ▸rounds: 4}",
+        "duplicate key 'rounds', first in line 4",
+    ),
+    # types and ranges
+    "negative batch size": (BASE + "batch_size: ▸-1", "'batch_size': should be greater than 0, found -1"),
+    "batch size in words": (BASE + "batch_size: ▸many", "'batch_size': should be a whole number, found 'many'"),
+    "batch size as text": (BASE + "batch_size: ▸'64'", "'batch_size': should be a whole number, found '64'"),
+    "batch size with a point": (BASE + "batch_size: ▸64.0", "'batch_size': should be a whole number, found 64.0"),
+    "batch size is a truth value": (BASE + "batch_size: ▸true", "'batch_size': should be a whole number, found True"),
+    "batch size is left empty": (BASE + "batch_size:▸", "'batch_size': should be a whole number, found nothing"),
+    "batch size with too many digits": (BASE + "batch_size: ▸" + "9" * 5000, "'batch_size': should be a whole number"),
+    "seed too large": (BASE + f"seed: ▸{2**63}", f"'seed': should be less than {2**63}, found {2**63}"),
+    "NaN": (BASE + "timing: {max_s: ▸.nan}", "'timing.max_s': should be a finite number, found nan"),
+    "infinity": (BASE + "timing: {max_s: ▸.inf}", "'timing.max_s': should be a finite number, found inf"),
+    "infinity by overflow": (BASE + "timing: {max_s: ▸1e999}", "'timing.max_s': should be a finite number, found inf"),
+    "one round": (BASE + "timing: {rounds: ▸1}", "'timing.rounds': should be greater than or equal to 2, found 1"),
+    "truth value in YAML 1.1": (BASE + "tf32: ▸on", "'tf32': should be true or false, found 'on'"),
+    "unknown device": (BASE + "device: ▸gpu", "'device': should be 'auto', 'cpu' or 'cuda', found 'gpu'"),
+    "unknown dtype": (BASE + "dtype: ▸half", "'dtype': should be 'float32', 'float64', 'bfloat16' or 'float16', found"),
+    "text is a number": (BASE + "description: ▸3", "'description': should be text, found 3"),
+    "name in place of a list": (BASE + "backends: ▸naive", "'backends': should be a list, [a, b], found 'naive'"),
+    "empty list": (BASE + "backends: ▸[]", "'backends': should have at least one item, found []"),
+    "list in place of a mapping": (BASE + "timing: ▸[3]", "'timing': should be a mapping, {key: value}, found [3]"),
+    "mapping left empty": (BASE + "timing:▸\n", "'timing': should be a mapping, {key: value}, found nothing"),
+    "number in place of a name": ("model: ▸3\ndata: random\nloss: nll", f"'model': {CHOICE}, found 3"),
+    "list in place of a name": ("model: ▸[mlp]\ndata: random\nloss: nll", f"'model': {CHOICE}, found ['mlp']"),
+    "two names": ("model: ▸{a: {}, b: {}}\ndata: random\nloss: nll", f"'model': {CHOICE}, found {{'a': {{}}, 'b'"),
+    "number in place of options": (
+        "model: ▸{mlp: 3}\ndata: random\nloss: nll",
+        f"'model': {CHOICE}, found {{'mlp': 3}}",
+    ),
+    "long value is cut": (
+        BASE + "device: ▸" + "x" * 500,
+        f"'device': should be 'auto', 'cpu' or 'cuda', found '{'x' * 76}...",
+    ),
+    # names and options
+    "unknown model": ("model: ▸mpl\ndata: random\nloss: nll", "unknown model 'mpl' (did you mean 'mlp'?); available: "),
+    "unknown data": (
+        "model: mlp\ndata: ▸digit\nloss: nll",
+        "unknown data 'digit' (did you mean 'digits'?); available: ",
+    ),
+    "unknown loss": ("model: mlp\ndata: random\nloss: ▸NLL", "unknown loss 'NLL' (did you mean 'nll'?); available: "),
+    "unknown rule": (BASE + "agreement: ▸allclos", "unknown agreement rule 'allclos' (did you mean 'allclose'?); "),
+    "unknown backend": (
+        BASE + "backends: [naive, ▸vmpa]",
+        "unknown backend 'vmpa' (did you mean 'vmap'?); available: ",
+    ),
+    "unknown backend with options": (
+        BASE + "backends:\n  - naive\n  - ▸{vmpa: {chunk_size: 3}}",
+        "unknown backend 'vmpa' (did you mean 'vmap'?); available: ",
+    ),
+    "unknown quantity": (BASE + "quantities: [▸norm]", "unknown quantity 'norm' (did you mean 'norms'?); available: "),
+    "escape code in a name": ('model: ▸"\\e[31m"\ndata: random\nloss: nll', "unknown model '\\x1b[31m'; available: "),
+    "unknown option of a model": (
+        "model: {mlp: {▸hiden: [3]}}\ndata: random\nloss: nll",
+        "model 'mlp' has no option 'hiden' (did you mean 'hidden'?); options: hidden",
+    ),
+    "option of a backend that has none": (
+        BASE + "backends: [{naive: {▸mode: ew}}]",
+        "backend 'naive' has no option 'mode'; it has none",
+    ),
+    "bad choice of a backend's option": (
+        BASE + "backends: [naive, {opacus: {mode: ▸hook}}]",
+        "backend 'opacus', option 'mode': should be 'hooks', 'functorch' or 'ew', found 'hook'",
+    ),
+    "backend's option out of range": (
+        BASE + "backends: [naive, {vmap: {chunk_size: ▸0}}]",
+        "backend 'vmap', option 'chunk_size': should be greater than 0, found 0",
+    ),
+    "backend's option of the wrong type": (
+        BASE + "backends: [naive, {vmap: {randomness: same, chunk_size: ▸all}}]",
+        "backend 'vmap', option 'chunk_size': should be a whole number, found 'all'",
+    ),
+    "option deep in a list": (
+        "model: mlp\ndata:\n  random:\n    shape:\n      - 1\n      - ▸-28\nloss: nll",
+        "data 'random', option 'shape.1': should be greater than 0, found -28",
+    ),
+    "option is no list": (
+        "model: {mlp: {hidden: ▸3}}\ndata: random\nloss: nll",
+        "model 'mlp', option 'hidden': should be a list, [a, b], found 3",
+    ),
+    "quantity's option": (
+        BASE + "quantities: [{clipped_sum: {max_norm: ▸.inf}}]",
+        "quantity 'clipped_sum', option 'max_norm': should be a finite number, found inf",
+    ),
+    "rule's option": (
+        BASE + "agreement: {allclose: {atol: ▸tight}}",
+        "agreement rule 'allclose', option 'atol': should be a number, found 'tight'",
+    ),
+    "backend twice": (BASE + "backends: [naive, vmap, ▸naive]", "backend 'naive' is listed twice"),
+    "backend twice with the same options": (
+        BASE + "backends: [{opacus: {mode: ew}}, opacus, ▸{opacus: {mode: ew}}]",
+        "backend 'opacus(mode=ew)' is listed twice",
+    ),
+    "quantity twice": (BASE + "quantities: [grads, ▸grads]", "quantity 'grads' is listed twice"),
+    "baseline that is not run": (
+        BASE + "backends: [naive, vmap]\nbaseline: ▸opacus",
+        "unknown baseline 'opacus'; available: naive, vmap in this experiment",
+    ),
+    "expectation of a backend that is not run": (
+        BASE + "backends: [naive, vmap]\nexpect: {▸vmpa: ok}",
+        "unknown backend 'vmpa' (did you mean 'vmap'?); available: naive, vmap in this experiment",
+    ),
+    "expectation of an unknown status": (
+        BASE + "expect: {vmap: ▸okay}",
+        "unknown status 'okay' (did you mean 'ok'?); available: ",
+    ),
+    # what is no experiment, or no YAML
+    "empty file": ("▸", f"{EXPECTED} nothing"),
+    "only a comment": ("▸# model: mlp\n\n", f"{EXPECTED} nothing"),
+    "null": ("▸null", f"{EXPECTED} nothing"),
+    "list at top level": ("# a list\n▸- model\n- data", f"{EXPECTED} a list"),
+    "text": ("▸hello", f"{EXPECTED} text"),
+    "number": ("▸3", f"{EXPECTED} a number"),
+    "two documents": (f"{BASE}---\n▸{BASE}", "a second document; one file holds one experiment"),
+    "tag of Python": ("model: ▸!!python/object:os.system ls", f"the tag '!!python/object:os.system' {TAG}"),
+    "tag of Python in a key": ("? ▸!!python/name:os.system x\n: 3", f"the tag '!!python/name:os.system' {TAG}"),
+    "own tag": ("model: ▸!foo mlp", f"the tag '!foo' {TAG}"),
+    "tag of a number": (BASE + "batch_size: ▸!!int '3'", f"the tag '!!int' {TAG}"),
+    "exploding anchors": (bomb(12).replace("a5:", "▸a5:"), TOO_MANY),
+    "too many values": (f"a: b\n▸c: [{'x, ' * 10000}]", TOO_MANY),
+    "anchor that holds itself": ("model: ▸&m [*m]", "an alias refers to what contains it"),
+    "unknown anchor": ("model: ▸*m", "not YAML: found undefined alias 'm'"),
+    "nested too deeply": (f"a: {'[' * 50}▸[{']' * 51}", "nested too deeply; at most 50 levels are allowed"),
+    "deeper than the parser": ("▸" + "[" * 3000, "nested too deeply; at most 50 levels are allowed"),
+    "tab": ("model: mlp\n▸\tdata: random", "not YAML: found character '\\t' that cannot start any token"),
+    "colon in a value": ("model: mlp▸: logistic", "not YAML: mapping values are not allowed here"),
+    "bracket not closed": ("model: [mlp\n▸", "not YAML: expected ',' or ']', but got '<stream end>'"),
+    "control character": ("model: mlp\ndata: a▸\x07", "not YAML: a control character ('\\x07')"),
+}
+
+
+@pytest.mark.parametrize(("yaml", "says"), MISTAKES.values(), ids=MISTAKES)
+def test_mistake_is_one_line_with_its_place(load: Any, tmp_path: Path, yaml: str, says: str) -> None:
+    before = yaml.partition(HERE)[0]
+    line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
+    message = error_of(load, yaml.replace(HERE, ""))
+    assert message.startswith(f"{tmp_path / 'e.yaml'}:{line}:{column}: {says}")
+
+
+@pytest.mark.parametrize(
+    ("yaml", "known"),
+    [
+        ("model: x\ndata: random\nloss: nll", MODELS),
+        ("model: mlp\ndata: x\nloss: nll", DATA),
+        ("model: mlp\ndata: random\nloss: x", LOSSES),
+        (BASE + "agreement: x", RULES),
+        (BASE + "quantities: [x]", QUANTITIES),
+        (BASE + "backends: [x]", available()),
+        (BASE + "expect: {naive: x}", STATUSES),
+    ],
+    ids=["model", "data", "loss", "agreement", "quantity", "backend", "status"],
+)
+def test_unknown_name_is_answered_with_all_known_ones(load: Any, yaml: str, known: Any) -> None:
+    assert error_of(load, yaml).endswith(f"; available: {', '.join(sorted(known))}")
+
+
+def write_bytes(name: str, content: bytes) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        (folder / name).write_bytes(content)
+        return folder / name
+
+    return make
+
+
+FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "missing": (lambda folder: folder / "x.yaml", "no such file"),
+    "in no folder": (lambda folder: folder / "no" / "x.yaml", "no such file"),
+    "directory": (lambda folder: folder, "is a directory, expected a YAML file"),
+    "inside a file": (lambda folder: write_bytes("f", b"")(folder) / "x.yaml", "cannot be read: Not a directory"),
+    "name too long": (lambda folder: folder / ("x" * 300), "cannot be read: File name too long"),
+    "binary": (write_bytes("x.yaml", b"\x89PNG\r\n\0\xff"), "not a text file (byte 0 is not UTF-8), expected YAML"),
+    "Latin-1": (write_bytes("x.yaml", b"model: \xe9"), "not a text file (byte 7 is not UTF-8), expected YAML"),
+    "too large": (
+        write_bytes("x.yaml", b"#" * (MAX_BYTES + 1)),
+        f"larger than {MAX_BYTES} bytes, expected an experiment",
+    ),
+    "without end": (lambda _: Path("/dev/zero"), f"larger than {MAX_BYTES} bytes, expected an experiment"),
+}
+
+
+@pytest.mark.parametrize(("make", "says"), FILES.values(), ids=FILES)
+def test_file_that_cannot_be_read(tmp_path: Path, make: Callable[[Path], Path], says: str) -> None:
+    file = make(tmp_path)
+    assert error_of(load_experiment, file).startswith(f"{file}: {says}")
+
+
+def test_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)  # root, as in a container, may read everything
+    assert error_of(load_experiment, tmp_path / "x.yaml") == f"{tmp_path / 'x.yaml'}: cannot be read: Permission denied"
+
+
+def test_missing_file_names_those_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "mnist.yaml").touch()
+    assert error_of(load_experiment, tmp_path / "mnst.yaml").endswith(f"; there are {tmp_path / 'mnist.yaml'}")
+
+
+LISTED = "backends: [naive, vmap]\n"
+SETTINGS: dict[str, tuple[str, Callable[[Experiment], Any], Any]] = {
+    "a number": ("batch_size=32", lambda e: e.batch_size, 32),
+    "spaces": (" batch_size = 32 ", lambda e: e.batch_size, 32),
+    "a comment": ("batch_size=32 # enough", lambda e: e.batch_size, 32),
+    "nested": ("timing.rounds=5", lambda e: e.timing, Timing(rounds=5)),
+    "a whole mapping": ("timing={warmup: 0}", lambda e: e.timing, Timing(warmup=0)),
+    "an item": ("backends.1=opacus", lambda e: e.backends, (Choice(name="naive"), Choice(name="opacus"))),
+    "a list": ("backends=[opacus]", lambda e: e.backends, (Choice(name="opacus"),)),
+    "nothing": ("backends=", lambda e: e.backends, None),
+    "a name by its options": ("data.random.classes=3", lambda e: e.data, Choice(name="random", options={"classes": 3})),
+    "an item by its options": (
+        "backends.1.vmap.chunk_size=3",
+        lambda e: e.backends[1],  # type: ignore[index]
+        Choice(name="vmap", options={"chunk_size": 3}),
+    ),
+    "a default by its options": ("agreement.allclose.atol=1e-5", lambda e: e.agreement.options, {"atol": 1e-5}),
+    "an equals sign": ("description=a=b", lambda e: e.description, "a=b"),
+    "an expectation": ("expect.vmap=ok", lambda e: e.expect, {"vmap": "ok"}),
+}
+
+
+@pytest.mark.parametrize(("assignment", "field", "value"), SETTINGS.values(), ids=SETTINGS)
+def test_set_replaces(load: Any, assignment: str, field: Callable[[Experiment], Any], value: object) -> None:
+    assert field(load(BASE + LISTED, [assignment])) == value
+
+
+def test_the_last_set_wins(load: Any) -> None:
+    assert load(BASE, ["batch_size=3", "batch_size=4"]).batch_size == 4
+
+
+BAD_SETTINGS = {
+    "batch_size": "expected KEY=VALUE, such as batch_size=32 or timing.rounds=5",
+    "=3": "expected KEY=VALUE, such as batch_size=32 or timing.rounds=5",
+    "batchsize=3": "unknown key 'batchsize' (did you mean 'batch_size'?); allowed: ",
+    "timing.round=3": "unknown key 'round' (did you mean 'rounds'?); allowed: rounds, max_s, warmup",
+    "3=x": "unknown key '3'; allowed: ",
+    "batch_size=-3": "'batch_size': should be greater than 0, found -3",
+    "batch_size=": "'batch_size': should be a whole number, found nothing",
+    "batch_size.x=3": "'batch_size': should be a whole number, found {'x': 3}",
+    "timing=3": "'timing': should be a mapping, {key: value}, found 3",
+    "backends.2=vmap": "there is no 'backends.2'",
+    "backends.-1=vmap": "there is no 'backends.-1'",
+    "backends.x=vmap": "there is no 'backends.x'",
+    "backends.1=vmpa": "unknown backend 'vmpa' (did you mean 'vmap'?); available: ",
+    "backends=[naive, vmpa]": "unknown backend 'vmpa' (did you mean 'vmap'?); available: ",
+    "backends.1.chunk_size=3": "'backends.1': should be a name, or {name: {option: value}}, found {'vmap': {}, 'chunk_",
+    "data.digits.size=3": "'data': should be a name, or {name: {option: value}}, found {'random': {}, 'digits'",
+    "model=[mlp": "not YAML: expected ',' or ']', but got '<stream end>'",
+    "model=!foo mlp": "the tag '!foo' is not allowed; an experiment holds names, numbers and lists",
+    "model=a\n---\nb": "a second document; one file holds one experiment",
+}
+
+
+@pytest.mark.parametrize(("assignment", "says"), BAD_SETTINGS.items(), ids=map(repr, BAD_SETTINGS))
+def test_bad_set_is_named(load: Any, assignment: str, says: str) -> None:
+    shown = assignment.replace("\n", "\\n")
+    assert error_of(load, BASE + LISTED, [assignment]).startswith(f"--set {shown}: {says}")
+
+
+def test_mistake_in_the_file_keeps_its_place_beside_set(load: Any) -> None:
+    assert ":4:13: 'batch_size'" in error_of(load, BASE + "batch_size: x", ["timing.rounds=3", "model=mlp"])
+
+
+def test_only_unknown(load: Any) -> None:
+    message = error_of(load, BASE + LISTED, [], ["vmpa"])
+    assert message == "--only: unknown backend 'vmpa' (did you mean 'vmap'?); available: naive, vmap in this experiment"
+
+
+def test_only_keeps_what_is_said_of_the_kept(load: Any) -> None:
+    yaml = BASE + LISTED + "baseline: vmap\nexpect: {naive: ok, vmap: ok}"
+    kept, other = load(yaml, [], ["vmap"]), load(yaml, [], ["naive"])
+    assert (kept.backends, kept.baseline, kept.expect) == ((Choice(name="vmap"),), "vmap", {"vmap": "ok"})
+    assert (other.backends, other.baseline, other.expect) == ((Choice(name="naive"),), None, {"naive": "ok"})
+
+
+SCALARS = {
+    "1e-5": 1e-5,
+    "1E5": 1e5,
+    ".5": 0.5,
+    "5.": 5.0,
+    "-3": -3,
+    "+3": 3,
+    "010": 10,
+    "0o17": 15,
+    "0x1F": 31,
+    ".inf": float("inf"),
+    "-.INF": -float("inf"),
+    "true": True,
+    "False": False,
+    "null": None,
+    "~": None,
+    "": None,
+    "10:30": "10:30",
+    "on": "on",
+    "yes": "yes",
+    "no": "no",
+    "1_000": "1_000",
+    "2020-01-01": "2020-01-01",
+    "1.2.3": "1.2.3",
+    "e5": "e5",
+    "'3'": "3",
+    '"true"': "true",
+    "''": "",
+    "tRUE": "tRUE",
+}
+
+
+@pytest.mark.parametrize(("text", "value"), SCALARS.items(), ids=map(repr, SCALARS))
+def test_scalar_is_that_of_yaml_1_2(text: str, value: object) -> None:
+    found = Source(f"x: {text}", "text").data["x"]
+    assert (type(found), found) == (type(value), value)
+
+
+def test_numbers_are_read_as_what_the_key_wants(load: Any) -> None:
+    experiment = load(BASE + "timing: {max_s: 1e-5}\ndescription: 10:30")
+    assert (experiment.timing.max_s, experiment.description) == (1e-5, "10:30")
+
+
+def test_anchors_may_be_used(load: Any) -> None:
+    experiment = load("model: &name mlp\ndata: random\nloss: nll\ndescription: *name")
+    assert experiment.description == "mlp"
+
+
+def test_byte_order_mark_and_windows_line_ends_are_read(load: Any) -> None:
+    assert load("\ufeff" + BASE.replace("\n", "\r\n")).loss == Choice(name="nll")
+
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(PLAIN, st.booleans())
+@settings(PROPERTY, max_examples=100)
+def test_written_data_is_read_back(data: Any, inline: bool) -> None:
+    text = write(data, inline=inline)
+    assert Source(text, "text").data == data
+    assert not inline or "\n" not in text
+
+
+EVERYTHING = """
+description: 1 line # and a comment
+model: {mlp: {hidden: [64, 64]}}
+data: {random: {shape: [3, 8, 8], classes: 5}}
+loss: {cross_entropy: {label_smoothing: 1e-5}}
+batch_size: 8
+seed: 3
+train_steps: 2
+dtype: float64
+device: cpu
+tf32: true
+quantities: [grads, {clipped_sum: {max_norm: 0.5}}]
+backends: [vmap, {vmap: {chunk_size: 3}}, {opacus: {mode: ew}}]
+baseline: vmap
+agreement: {allclose: {atol: 1e-5, rtol: 0}}
+timing: {rounds: 3, max_s: 1.5, warmup: 0}
+expect: {opacus(mode=ew): ok, vmap: unsupported}
+"""
+
+
+def test_everything_comes_back_from_yaml(load: Any) -> None:
+    experiment = load(EVERYTHING)
+    assert load(experiment.to_yaml()) == experiment
+    assert {key for key in Experiment.model_fields if f"\n{key}:" in EVERYTHING} == set(Experiment.model_fields)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("only", [[], ["vmap"]], ids=["all", "only vmap"])
+def test_experiments_of_the_house_come_back_from_yaml(load: Any, file: Path, only: list[str]) -> None:
+    resolved = load(load_experiment(file, only=only).to_yaml())
+    assert [c.name for c in resolved.resolved_backends()] == (only or available_in(file))
+    assert load(resolved.to_yaml()) == resolved
+
+
+def available_in(file: Path) -> list[str]:
+    return [choice.name for choice in load_experiment(file).resolved_backends()]
+
+
+@given(st.text())
+@settings(PROPERTY, max_examples=50)
+def test_any_description_comes_back_from_yaml(description: str) -> None:
+    experiment = Experiment(
+        model=Choice(name="mlp"), data=Choice(name="random"), loss=Choice(name="nll"), description=description
+    )
+    assert Source(experiment.to_yaml(), "text").data["description"] == description
+
+
+def test_defaults_are_filled_in(load: Any) -> None:
+    resolved = load(load(BASE).to_yaml())
+    assert [c.name for c in resolved.backends] == available()
+    assert resolved.baseline == "naive"
+
+
+def test_baseline_that_is_not_run_is_none(load: Any) -> None:
+    assert load(load(BASE + "backends: [vmap]").to_yaml()).resolved_baseline() is None
+
+
+@pytest.mark.parametrize(("part", "name"), [("", "batch_size"), ("timing", "rounds"), ("model", "name")])
+def test_experiment_is_frozen(load: Any, part: str, name: str) -> None:
+    experiment = load(BASE)
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(getattr(experiment, part) if part else experiment, name, 3)
+
+
+LINES = [*EVERYTHING.splitlines(), *BASE.splitlines(), "---", "x: &a [*a]", "  - &b", "? *b", "!!int", "timing:", "- 1"]
+ANYTHING = st.one_of(
+    st.binary(),
+    st.text().map(str.encode),
+    st.lists(st.sampled_from(LINES) | SHORT, max_size=20).map(lambda lines: "\n".join(lines).encode()),
+    st.dictionaries(st.sampled_from([*Experiment.model_fields]) | SHORT, PLAIN).map(lambda d: write(d).encode()),
+    st.dictionaries(st.sampled_from([*Experiment.model_fields]), PLAIN, max_size=2).map(
+        lambda d: (BASE + write(d)).encode()
+    ),
+)
+
+
+@given(ANYTHING)
+@settings(PROPERTY, max_examples=200)
+def test_anything_is_an_experiment_or_a_config_error(content: bytes) -> None:
+    with tempfile.NamedTemporaryFile(suffix=".yaml") as file:
+        Path(file.name).write_bytes(content)
+        with suppress(ConfigError):
+            assert isinstance(load_experiment(file.name), Experiment)
+
+
+class TestReadme:
+    """`experiments/README.md` says what the code does."""
+
+    text = README.read_text(encoding="utf-8")
+
+    def test_tables_are_those_of_the_code(self) -> None:
+        assert rewrite(self.text) == self.text, "run: python -m testbed.experiment_docs"
+
+    def test_tables_notice_a_change(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Experiment.model_fields["batch_size"], "default", 65)
+        assert "| `65` |" in rewrite(self.text)
+
+    @pytest.mark.parametrize("yaml", re.findall(r"```yaml\n(.*?)```", text, re.DOTALL))
+    def test_examples_can_be_run(self, load: Any, yaml: str) -> None:
+        assert load(yaml).model
+
+    @pytest.mark.parametrize("command", re.findall(r"^python -m testbed (experiments/.*)$", text, re.MULTILINE))
+    def test_commands_can_be_run(self, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+        monkeypatch.chdir(ROOT)
+        assert main([*shlex.split(command), "--dry-run"]) == 0
+
+    def test_every_experiment_is_listed(self) -> None:
+        listed = set(re.findall(r"\]\((\w+\.yaml)\)", self.text))
+        assert listed == {file.name for file in README.parent.glob("*.yaml")}
+
+    def test_example_of_an_error_is_one(self, load: Any) -> None:
+        says = re.search(r"my\.yaml:(.*)", self.text)
+        yaml = BASE + "batch_size: 8\nseed: 0\nbackends: [naive, vmpa]"
+        assert says
+        assert error_of(load, yaml).endswith(says[1])
