@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
+import zlib
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -80,7 +81,7 @@ def load_plugin(file: str | Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"no plugin file {file}")
     _discover()  # so that a name taken by a sibling is reported against the plug-in
-    name = f"testbed_plugin_{path.stem}"
+    name = f"testbed_plugin_{path.stem}_{zlib.crc32(bytes(path)):08x}"  # two files of one name are two modules
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{file} is no Python file (*.py)")

@@ -20,9 +20,10 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias, TypeVar
+from typing import Annotated, ClassVar, TypeAlias, TypeVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from backends.batch import Batch
@@ -47,6 +48,8 @@ GradsFn: TypeAlias = Callable[[Batch, Tensor], Named]
 
 TensorFn: TypeAlias = Callable[[Batch, Tensor], Tensor]
 """(inputs, targets) -> one tensor."""
+
+Positive = Annotated[float, Field(gt=0)]
 
 QUANTITIES = ("grads", "norms", "clipped_sum", "variance", "gram")
 
@@ -76,7 +79,7 @@ class Backend(ABC):
         grads = self.grads(model, loss_fn)
         return lambda inputs, targets: norms_of(grads(inputs, targets))
 
-    def clipped_sum(self, model: nn.Module, loss_fn: LossFn, *, max_norm: float = 1.0) -> GradsFn:
+    def clipped_sum(self, model: nn.Module, loss_fn: LossFn, *, max_norm: Positive = 1.0) -> GradsFn:
         """Build the function for Σ_i min(1, C/‖g_i‖) g_i, flat clipping (Abadi et al. 2016): {name: [*shape]}."""
         grads = self.grads(model, loss_fn)
 

@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_origin
 
 from pydantic import ConfigDict, Field, ValidationError, create_model
 
@@ -62,12 +62,19 @@ def check_options(kind: str, name: str, thing: Callable[..., Any], options: Mapp
         option: (p.annotation, Field(default=... if p.default is p.empty else p.default)) for option, p in known.items()
     }
     schema = create_model(name, __config__=ConfigDict(strict=True, frozen=True, allow_inf_nan=False), **fields)
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    given = {key: _as_asked(value, known[key].annotation) for key, value in options.items()}
     try:
         return {option: getattr(schema.model_validate(given), option) for option in known}
     except ValidationError as error:
         first = error.errors()[0]
         raise BadOption(f"{kind} '{name}', option {explain(first)}", tuple(first["loc"])) from None
+
+
+def _as_asked(value: Any, annotation: Any) -> Any:  # noqa: ANN401  whatever an option is
+    """Return a list or tuple as the one of the two that the option asks for: YAML and Python differ in them."""
+    if isinstance(value, list | tuple):
+        return list(value) if list in (annotation, get_origin(annotation)) else tuple(value)
+    return value
 
 
 def explain(error: Mapping[str, Any]) -> str:

@@ -17,9 +17,10 @@ Nothing here knows backends or YAML: results and truths are tensors, the cloud i
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, TypeAlias
+from typing import Annotated, ClassVar, TypeAlias
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from backends.registry import Registry
@@ -96,15 +97,15 @@ class Rule(ABC):
 @RULES.register("calibrated")
 @dataclass(frozen=True)
 class Calibrated(Rule):
-    """The two questions above.
+    """Question 1 in float64, then question 2 in the run's dtype, with a cloud of perturbed runs for kinks.
 
     Options:
         factor: c, how much farther than the yardstick a result may be from the truth.
         draws: K, how many perturbed reference runs make the cloud.
     """
 
-    factor: float = 4.0
-    draws: int = 20
+    factor: Annotated[float, Field(gt=0)] = 4.0
+    draws: Annotated[int, Field(ge=0)] = 20
 
     def judge(self, result: Rows, truth: Rows, yardsticks: Runs, draw: Draw, *, per_sample: bool) -> Agreement:
         """Answer question 2: is the result as near the float64 truth as its dtype allows?"""
@@ -158,8 +159,8 @@ class AllClose(Rule):
 
     same_function: ClassVar[bool] = False
 
-    atol: float = 3e-3
-    rtol: float = 1e-5
+    atol: Annotated[float, Field(ge=0)] = 3e-3
+    rtol: Annotated[float, Field(ge=0)] = 1e-5
 
     def judge(self, result: Rows, truth: Rows, yardsticks: Runs, draw: Draw, *, per_sample: bool) -> Agreement:
         """Compare every number with the yardstick's; see `torch.allclose`."""

@@ -70,7 +70,7 @@ def compare(
     backwards = torch.arange(size(inputs) - 1, -1, -1)
     fresh_inputs, fresh_targets = fresh or (take(inputs, backwards), take(targets, backwards))
     problem = Problem(model, loss_fn, inputs, targets, fresh_inputs, fresh_targets)
-    chosen = [Choice.model_validate(b) for b in backends] if backends else [Choice(name=name) for name in available()]
+    chosen = [Choice.model_validate(b) for b in backends] if backends else [Choice.of(name) for name in available()]
     wanted = [Choice.model_validate(q) for q in quantities]
     about = {
         "model": type(model).__name__,
@@ -78,11 +78,10 @@ def compare(
         "batch_size": problem.n,
         "dtype": str(problem.dtype).removeprefix("torch."),
         "device": str(problem.device),
-        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
     settings = Settings("compare", rule(Choice.model_validate(agreement)), rounds, max_s, warmup, baseline, seed)
     records: list[Record] = []
-    run(problem, about, cells(chosen, wanted), settings, lambda record, _: records.append(record), progress)
+    run(lambda: problem, about, cells(chosen, wanted), settings, lambda record, _: records.append(record), progress)
     return Report(records)
 
 
@@ -97,19 +96,6 @@ def run_experiment(
     """
     set_precision(experiment)
     e = experiment
-    problem = make_problem(
-        e.model.name,
-        e.data.name,
-        e.loss.name,
-        model_options=e.model.options,
-        data_options=e.data.options,
-        loss_options=e.loss.options,
-        batch_size=e.batch_size,
-        seed=e.seed,
-        train_steps=e.train_steps,
-        dtype=getattr(torch, e.dtype),
-        device=device,
-    )
     about = {
         "model": str(e.model),
         "data": str(e.data),
@@ -120,10 +106,25 @@ def run_experiment(
         "dtype": e.dtype,
         "device": str(device),
         "tf32": e.tf32,
-        "parameters": sum(p.numel() for p in problem.model.parameters() if p.requires_grad),
     }
+
+    def make() -> Problem:
+        return make_problem(
+            e.model.name,
+            e.data.name,
+            e.loss.name,
+            model_options=e.model.options,
+            data_options=e.data.options,
+            loss_options=e.loss.options,
+            batch_size=e.batch_size,
+            seed=e.seed,
+            train_steps=e.train_steps,
+            dtype=getattr(torch, e.dtype),
+            device=device,
+        )
+
     settings = Settings(name, rule(e.agreement), **e.timing.model_dump(), baseline=e.resolved_baseline(), seed=e.seed)
-    run(problem, about, cells(e.resolved_backends(), e.quantities), settings, emit, progress)
+    run(make, about, cells(e.resolved_backends(), e.quantities), settings, emit, progress)
 
 
 def set_precision(experiment: Experiment) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from backends import backend_class
+from testbed.records import with_options
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,7 @@ class Cell:
     @property
     def label(self) -> str:
         """The backend with its options, unique among the cells of one quantity."""
-        inside = ", ".join(f"{key}={value}" for key, value in self.options.items())
-        return f"{self.backend}({inside})" if inside else self.backend
+        return with_options(self.backend, self.options)
 
 
 def source_hash(backend: str) -> str:

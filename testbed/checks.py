@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from backends.base import Unsupported, describe, first_line, own_copy
 from backends.batch import Batch, call, take
-from backends.running import kept_buffers
+from backends.running import culprit, kept_buffers
 from testbed.problems.base import Problem
 
 TOLERANCE = 1e-9  # float64 kernels may sum a batch of another length in another order; coupling is far above it
@@ -80,8 +80,9 @@ def _losses(wide: Problem, model: nn.Module, inputs: Batch, targets: Tensor, see
         torch.manual_seed(seed)
         try:
             return wide.loss_fn(call(model, inputs), targets).detach()
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            raise Unsupported(f"model, loss and batch do not fit together: {first_line(error)}") from error
+        except Exception as error:
+            what = f"{culprit(error, model)}: {type(error).__name__}: {first_line(error)}"
+            raise Unsupported(f"model, loss and batch do not fit together: {what}") from error
 
 
 def _differs(a: Tensor, b: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -21,7 +21,7 @@ from backends.registry import (
 )
 from testbed.agreement import RULES
 from testbed.problems import DATA, LOSSES, MODELS
-from testbed.records import STATUSES
+from testbed.records import STATUSES, with_options
 from testbed.yaml_source import ConfigError, KeyPath, Source, read, write
 
 Dtype = Literal["float32", "float64", "bfloat16", "float16"]
@@ -44,8 +44,6 @@ class Choice(_Frozen):
     def _read(cls, found: Any) -> Any:  # noqa: ANN401  anything may stand in a YAML file
         if isinstance(found, str):
             return {"name": found}
-        if isinstance(found, dict) and isinstance(found.get("name"), str) and found.keys() <= {"name", "options"}:
-            return found  # not YAML: the program's own call
         if isinstance(found, dict) and len(found) == 1:
             name, options = next(iter(found.items()))
             if options is None or isinstance(options, dict):
@@ -58,8 +56,12 @@ class Choice(_Frozen):
 
     def __str__(self) -> str:
         """Return the choice as it is shown: `opacus(mode=ew)`."""
-        inside = ", ".join(f"{key}={value}" for key, value in self.options.items())
-        return f"{self.name}({inside})" if inside else self.name
+        return with_options(self.name, self.options)
+
+    @classmethod
+    def of(cls, name: str, **options: Any) -> Self:  # noqa: ANN401  options are as many types as there are
+        """Return the choice of a name with options."""
+        return cls.model_validate({name: options})
 
 
 class Timing(_Frozen):
@@ -86,13 +88,13 @@ class Experiment(_Frozen):
     device: Device = Field("auto", description="`auto` takes CUDA where there is one and says so.")
     tf32: bool = Field(False, description="Let CUDA round float32 products to TF32.")
     quantities: Annotated[tuple[Choice, ...], Field(min_length=1)] = Field(
-        (Choice(name="grads"),), description="What to compute: " + ", ".join(QUANTITIES) + "."
+        (Choice.of("grads"),), description="What to compute: " + ", ".join(QUANTITIES) + "."
     )
     backends: Annotated[tuple[Choice, ...], Field(min_length=1)] | None = Field(
         None, description="Which backends, with options; all of them if left out."
     )
     baseline: str | None = Field(None, description="The backend that times are divided by; the reference if left out.")
-    agreement: Choice = Field(Choice(name="calibrated"), description="The rule: " + ", ".join(RULES) + ".")
+    agreement: Choice = Field(Choice.of("calibrated"), description="The rule: " + ", ".join(RULES) + ".")
     timing: Timing = Field(Timing(), description="How long to measure.")
     expect: dict[str, str] = Field(
         {}, description="Backend → status that is as expected, such as `backpack: unsupported`; sets the exit code."
@@ -100,7 +102,7 @@ class Experiment(_Frozen):
 
     def resolved_backends(self) -> tuple[Choice, ...]:
         """Return the backends to run: those named, or all."""
-        return self.backends or tuple(Choice(name=name) for name in available())
+        return self.backends or tuple(Choice.of(name) for name in available())
 
     def resolved_baseline(self) -> str | None:
         """Return the name of the backend that times are divided by; None where it is not run."""

@@ -68,12 +68,17 @@ class Record:
     @property
     def label(self) -> str:
         """The backend with its options, as tables show it."""
-        inside = ", ".join(f"{key}={value}" for key, value in self.options.items())
-        return f"{self.backend}({inside})" if inside else self.backend
+        return with_options(self.backend, self.options)
 
     def to_json(self) -> str:
         """Return the record as one line of JSON."""
         return json.dumps(_jsonable(asdict(self)), ensure_ascii=False, allow_nan=False)
+
+
+def with_options(name: str, options: Mapping[str, Any]) -> str:
+    """Return a name with its options as tables show it: `opacus(mode=ew)`, `random(shape=[1, 28, 28])`."""
+    inside = ", ".join(f"{k}={list(v) if isinstance(v, tuple) else v}" for k, v in options.items())
+    return f"{name}({inside})" if inside else name
 
 
 class RecordFile:

@@ -61,23 +61,23 @@ class Referee:
         run: The problem, with as many of its samples as are checked: all of them, or a random choice where the truth
             would take more than `BUDGET` bytes and a sample's row depends on that sample only.
         wide: The same in float64, for the truth.
-        few: The same with at most `FEW` samples: question 1 is about logic, which a few samples show.
+        few: The same with at most that many samples: question 1 is about logic, which a few samples show.
     """
 
-    def __init__(self, problem: Problem, quantity: str, options: Mapping[str, Any], rule: Rule) -> None:
+    def __init__(self, problem: Problem, quantity: str, options: Mapping[str, Any], rule: Rule, few: int = FEW) -> None:
         self.quantity, self.options, self.rule = quantity, dict(options), rule
         numbers = sum(p.numel() for p in trainable(problem.model).values()) if quantity == "grads" else 1
         most = max(FEW, BUDGET // (8 * numbers)) if quantity in INDEPENDENT else problem.n
         self.n, self.chosen = problem.n, choose(problem.n, most)
         self.run = problem if self.chosen is None else narrow(problem, self.chosen)
         self.wide = self.run.to(torch.float64)
-        few = choose(self.wide.n, FEW)
-        self.few = self.wide if few is None else narrow(self.wide, few)
+        index = choose(self.wide.n, few)
+        self.few = self.wide if index is None else narrow(self.wide, index)
         self._known: dict[tuple[str, bool], Result] = {}
 
     def same_function(self, result: object, again: Again | None = None) -> Finding:
         """Ask question 1 of a float64 result on `few`; `again` repeats the call, to explain a disagreement."""
-        truth = self._reference("few", self.few, fresh=False)
+        truth = self.truth() if self.few is self.wide else self._reference("few", self.few, fresh=False)
         rule = self.rule if isinstance(self.rule, Calibrated) else Calibrated()
         draw = self._draw(self.few, fresh=False)
         per_sample = self.quantity in PER_SAMPLE

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import torch
+
 from backends import backend_class, reference
 from backends.base import Unsupported
 from testbed import timing
@@ -13,7 +15,7 @@ from testbed.checks import refuse_without_gradients
 from testbed.dropout import random_dropouts, with_masks
 from testbed.environment import environment
 from testbed.problems import Problem
-from testbed.records import SCHEMA, Record
+from testbed.records import SCHEMA, Record, with_options
 from testbed.worker import ORDINARY, Outcome, Worker
 
 AGAIN = "baseline again"  # the baseline under a second name: what it seems to differ from itself is noise
@@ -67,7 +69,7 @@ Emit = Callable[[Record, str], None]
 
 
 def run(
-    problem: Problem,
+    make: Callable[[], Problem],
     about: Mapping[str, Any],
     cells: Sequence[Cell],
     settings: Settings,
@@ -77,34 +79,39 @@ def run(
     """Run cells on a problem; each becomes one record, whatever happens to it.
 
     Args:
-        problem: The problem.
-        about: What the records say of the problem, as plain data.
+        make: Makes the problem; it may take long, so it is part of the run.
+        about: What the records say of the problem, as plain data; `device` is where it is.
         cells: The cells, in the order of the table.
         settings: How to run them.
         emit: Takes each record.
         progress: Hears what is going on.
 
     Raises:
+        ProblemError: The problem cannot be made.
         KeyboardInterrupt: Again, after what was measured so far has been emitted.
     """
     progress = progress or Silent()
-    if random_dropouts(problem.model):
-        problem, about = with_masks(problem, settings.seed), {**about, "dropout": "the same masks for every backend"}
-    groups: dict[tuple[str, str], list[Cell]] = {}
+    by_quantity: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
-        groups.setdefault((cell.quantity, str(dict(cell.quantity_options))), []).append(cell)
-    all_groups = [_Group(problem, about, group, settings, emit, progress) for group in groups.values()]
+        by_quantity.setdefault((cell.quantity, str(dict(cell.quantity_options))), []).append(cell)
+    groups = [_Group(dict(about), group, settings, emit, progress) for group in by_quantity.values()]
     try:
-        progress.begin("problem", 1)
+        progress.begin("problem", 2)
+        progress.step("data, model, training")
+        problem = make()
+        if random_dropouts(problem.model):
+            problem = with_masks(problem, settings.seed)
+            for group in groups:
+                group.about["dropout"] = "the same masks for every backend"
         progress.step("does every sample have a gradient of its own?")
         refuse_without_gradients(problem)
-        for group in all_groups:
-            group.run()
+        for group in groups:
+            group.run(problem)
     except Unsupported as error:
-        for group in all_groups:
+        for group in groups:
             group.end_all(Outcome(status="unsupported", reason=f"the problem: {error}"))
     except KeyboardInterrupt:
-        for group in all_groups:
+        for group in groups:
             group.end_all(Outcome(status="interrupted", reason="stopped by Ctrl-C"))
         raise
 
@@ -114,28 +121,27 @@ class _Group:
 
     def __init__(
         self,
-        problem: Problem,
-        about: Mapping[str, Any],
+        about: dict[str, Any],
         cells: Sequence[Cell],
         settings: Settings,
         emit: Emit,
         progress: Progress,
     ) -> None:
-        self.problem, self.about, self.settings, self.emit, self.progress = problem, about, settings, emit, progress
+        self.about, self.settings, self.emit, self.progress = about, settings, emit, progress
         self.running = {cell.label: cell for cell in cells}  # what has no record yet
         self.outcomes: dict[str, Outcome] = {}
         self.samples: dict[str, list[timing.Sample]] = {}
         self.limit: dict[str, Any] = {}
         self.stopped_by = ""
         self.quantity = cells[0].quantity
-        self.environment = environment(problem.device)
+        self.environment = environment(torch.device(about["device"]))
         wanted = settings.baseline or reference()
         self.baseline = next((cell.label for cell in cells if cell.backend == wanted), None)
 
-    def run(self) -> None:
+    def run(self, problem: Problem) -> None:
         """Start every cell, time in rounds those that agree, finish them; each that ends is emitted at once."""
         first = next(iter(self.running.values()))
-        worker = Worker(self.problem, self.quantity, first.quantity_options, self.settings.rule)
+        worker = Worker(problem, self.quantity, first.quantity_options, self.settings.rule)
         self.progress.begin(f"{self.quantity}: agreement", len(self.running))
         for label, cell in list(self.running.items()):
             self.progress.step(label)
@@ -184,16 +190,15 @@ class _Group:
 
     def end(self, label: str) -> None:
         """Emit the record of a cell."""
-        cell, outcome = self.running.pop(label), self.outcomes.get(label, Outcome())
+        cell, outcome = self.running[label], self.outcomes.get(label, Outcome())
         env = {**self.environment, "backend_source": source_hash(cell.backend), "schema": SCHEMA}
-        inside = ", ".join(f"{key}={value}" for key, value in cell.quantity_options.items())
         record = Record(
             cell=identity(cell, self.about, vars(self.settings), env),
             experiment=self.settings.experiment,
             problem=dict(self.about),
             backend=cell.backend,
             options=dict(cell.options),
-            quantity=f"{cell.quantity}({inside})" if inside else cell.quantity,
+            quantity=with_options(cell.quantity, cell.quantity_options),
             status=outcome.status,
             reason=outcome.reason,
             agreement={"rule": type(self.settings.rule).__name__.lower(), **outcome.agreement},
@@ -204,6 +209,7 @@ class _Group:
             environment=env,
         )
         self.emit(record, outcome.traceback)
+        del self.running[label]  # only now: a Ctrl-C in between must not lose the cell
 
     def end_all(self, outcome: Outcome) -> None:
         """Emit the records of all cells that have none yet, with what is known of them."""

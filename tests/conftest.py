@@ -14,7 +14,6 @@ from backends.base import BACKENDS, Unsupported
 from testbed.problems import DATA, LOSSES, MODELS
 from tests.cases import Case, cases
 
-
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
 

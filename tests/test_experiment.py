@@ -289,14 +289,14 @@ SETTINGS: dict[str, tuple[str, Callable[[Experiment], Any], Any]] = {
     "a comment": ("batch_size=32 # enough", lambda e: e.batch_size, 32),
     "nested": ("timing.rounds=5", lambda e: e.timing, Timing(rounds=5)),
     "a whole mapping": ("timing={warmup: 0}", lambda e: e.timing, Timing(warmup=0)),
-    "an item": ("backends.1=opacus", lambda e: e.backends, (Choice(name="naive"), Choice(name="opacus"))),
-    "a list": ("backends=[opacus]", lambda e: e.backends, (Choice(name="opacus"),)),
+    "an item": ("backends.1=opacus", lambda e: e.backends, (Choice.of("naive"), Choice.of("opacus"))),
+    "a list": ("backends=[opacus]", lambda e: e.backends, (Choice.of("opacus"),)),
     "nothing": ("backends=", lambda e: e.backends, None),
-    "a name by its options": ("data.random.classes=3", lambda e: e.data, Choice(name="random", options={"classes": 3})),
+    "a name by its options": ("data.random.classes=3", lambda e: e.data, Choice.of("random", classes=3)),
     "an item by its options": (
         "backends.1.vmap.chunk_size=3",
         lambda e: e.backends[1],  # type: ignore[index]
-        Choice(name="vmap", options={"chunk_size": 3}),
+        Choice.of("vmap", chunk_size=3),
     ),
     "a default by its options": ("agreement.allclose.atol=1e-5", lambda e: e.agreement.options, {"atol": 1e-5}),
     "an equals sign": ("description=a=b", lambda e: e.description, "a=b"),
@@ -354,8 +354,8 @@ def test_only_unknown(load: Any) -> None:
 def test_only_keeps_what_is_said_of_the_kept(load: Any) -> None:
     yaml = BASE + LISTED + "baseline: vmap\nexpect: {naive: ok, vmap: ok}"
     kept, other = load(yaml, [], ["vmap"]), load(yaml, [], ["naive"])
-    assert (kept.backends, kept.baseline, kept.expect) == ((Choice(name="vmap"),), "vmap", {"vmap": "ok"})
-    assert (other.backends, other.baseline, other.expect) == ((Choice(name="naive"),), None, {"naive": "ok"})
+    assert (kept.backends, kept.baseline, kept.expect) == ((Choice.of("vmap"),), "vmap", {"vmap": "ok"})
+    assert (other.backends, other.baseline, other.expect) == ((Choice.of("naive"),), None, {"naive": "ok"})
 
 
 SCALARS = {
@@ -407,7 +407,7 @@ def test_anchors_may_be_used(load: Any) -> None:
 
 
 def test_byte_order_mark_and_windows_line_ends_are_read(load: Any) -> None:
-    assert load("\ufeff" + BASE.replace("\n", "\r\n")).loss == Choice(name="nll")
+    assert load("\ufeff" + BASE.replace("\n", "\r\n")).loss == Choice.of("nll")
 
 
 PLAIN = st.recursive(
@@ -467,7 +467,7 @@ def available_in(file: Path) -> list[str]:
 @settings(PROPERTY, max_examples=50)
 def test_any_description_comes_back_from_yaml(description: str) -> None:
     experiment = Experiment(
-        model=Choice(name="mlp"), data=Choice(name="random"), loss=Choice(name="nll"), description=description
+        model=Choice.of("mlp"), data=Choice.of("random"), loss=Choice.of("nll"), description=description
     )
     assert Source(experiment.to_yaml(), "text").data["description"] == description
 

@@ -109,7 +109,10 @@ def test_offline_says_what_was_tried_and_what_to_use(
     [
         ({"model": "simple_cnn", "data_options": {"shape": (3, 32, 32)}}, "takes 1×28×28 inputs with 10 outputs"),
         ({"model": "simple_cnn", "data_options": {"classes": 3}}, "the data has 1×28×28 with 3"),
-        ({"model": "group_norm_cnn", "model_options": {"width": 6}}, "cannot be made with {'width': 6}: num_channels"),
+        (
+            {"model": "group_norm_cnn", "model_options": {"width": 6}},
+            "made with {'width': 6}: ValueError: num_channels",
+        ),
         ({"model": "transformer", "data": "tokens", "data_options": {"vocabulary": 999}}, "has vocabulary=100"),
         ({"data": "digits", "batch_size": 2000}, "data 'digits' has 1797 samples, the batch size is 2000"),
     ],

@@ -2,17 +2,22 @@
 
 import copy
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from backends.base import LossFn, first_line
 from backends.batch import Batch, apply, call, cast, size
 from backends.registry import Registry
+
+Positive = Annotated[int, Field(gt=0)]
+"""An option that is a positive whole number."""
 
 
 class ProblemError(Exception):
@@ -140,28 +145,39 @@ def make_problem(
         BadOption: Of one of them.
         ProblemError: The data cannot be had, or model and data do not fit.
     """
-    draw = partial(DATA[data], batch_size, **DATA.check(data, data_options or {}))
+    chosen = [DATA.check(data, data_options or {}), MODELS.check(model, model_options or {})]
     loss_fn: LossFn = LOSSES[loss]
     if options := LOSSES.check(loss, loss_options or {}):
         loss_fn = partial(loss_fn, **options)
+
+    def draw() -> Samples:
+        with _blaming(f"data '{data}' cannot be made: {batch_size} samples", chosen[0]):
+            return DATA[data](batch_size, **chosen[0])
+
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # everything is made on the CPU
         batch = draw()
-        network = _build(model, batch, MODELS.check(model, model_options or {}))
+        with _blaming(f"model '{model}' cannot be made", chosen[1]):
+            network = MODELS[model](batch, **chosen[1])
         fresh = draw()
-        _train(network, loss_fn, draw, train_steps)
+        with _blaming(f"model '{model}' cannot be trained on '{data}' with loss '{loss}'", {}):
+            _train(network, loss_fn, draw, train_steps)
     problem = Problem(network, loss_fn, batch.inputs, batch.targets, fresh.inputs, fresh.targets)
     return _put(problem if dtype == torch.float32 else problem.to(dtype), torch.device(device))
 
 
-def _build(model: str, example: Samples, options: Mapping[str, Any]) -> nn.Module:
+@contextmanager
+def _blaming(what: str, options: Mapping[str, Any]) -> Iterator[None]:
+    """Turn what a factory raises into one line that names it, its options and the place."""
     try:
-        return MODELS[model](example, **options)
-    except (ValueError, RuntimeError, TypeError, IndexError, AttributeError) as error:
+        yield
+    except (ProblemError, KeyboardInterrupt):
+        raise
+    except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}"
         shown = f" with {dict(options)}" if options else ""
-        raise ProblemError(f"model '{model}' cannot be made{shown}: {first_line(error)} ({place})") from error
+        raise ProblemError(f"{what}{shown}: {type(error).__name__}: {first_line(error)} ({place})") from error
 
 
 def _train(model: nn.Module, loss_fn: LossFn, draw: Callable[[], Samples], steps: int) -> None:

@@ -3,16 +3,13 @@
 import os
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from backends.base import first_line
-from testbed.problems.base import ProblemError, Samples, register_data
-
-Positive = Annotated[int, Field(gt=0)]
+from testbed.problems.base import Positive, ProblemError, Samples, register_data
 
 
 def cache_dir() -> Path:
@@ -22,13 +19,24 @@ def cache_dir() -> Path:
 
 @register_data("random")
 def random(n: int, *, shape: tuple[Positive, ...] = (1, 28, 28), classes: Positive = 10) -> Samples:
-    """Normal inputs of any shape with uniform classes, as in the tutorial."""
+    """Normal inputs of any shape with uniform classes, as in the tutorial.
+
+    Options:
+        shape: Of a sample.
+        classes: How many classes there are.
+    """
     return Samples(torch.randn(n, *shape), torch.randint(classes, (n,)), classes)
 
 
 @register_data("tokens")
 def tokens(n: int, *, length: Positive = 16, vocabulary: Positive = 100, classes: Positive = 10) -> Samples:
-    """Uniform token sequences of one length with uniform classes."""
+    """Uniform token sequences of one length with uniform classes.
+
+    Options:
+        length: Tokens a sample.
+        vocabulary: How many tokens there are.
+        classes: How many classes there are.
+    """
     return Samples(torch.randint(vocabulary, (n, length)), torch.randint(classes, (n,)), classes)
 
 

@@ -1,9 +1,14 @@
 """Losses, one for each sample: (outputs [N, ...], targets [N, ...]) -> [N]."""
 
+from typing import Annotated
+
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from testbed.problems.base import register_loss
+
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @register_loss("nll")
@@ -13,8 +18,12 @@ def nll(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 @register_loss("cross_entropy")
-def cross_entropy(outputs: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of logits [N, C] and classes [N]."""
+def cross_entropy(outputs: Tensor, targets: Tensor, *, label_smoothing: Share = 0.0) -> Tensor:
+    """Cross-entropy of logits [N, C] and classes [N].
+
+    Options:
+        label_smoothing: Share of the target that is spread over all classes.
+    """
     return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=label_smoothing)
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from testbed.problems.base import ProblemError, Samples, register_model
+from testbed.problems.base import Positive, ProblemError, Samples, register_model
 
 
 class SimpleCNN(nn.Module):
@@ -40,8 +40,12 @@ def simple_cnn(example: Samples) -> nn.Module:
 
 
 @register_model("mlp")
-def mlp(example: Samples, *, hidden: tuple[int, ...] = (128, 128)) -> nn.Module:
-    """Linear layers with ReLU between them, log-softmax at the end; any input shape."""
+def mlp(example: Samples, *, hidden: tuple[Positive, ...] = (128, 128)) -> nn.Module:
+    """Linear layers with ReLU between them, log-softmax at the end; any input shape.
+
+    Options:
+        hidden: Widths of the hidden layers.
+    """
     return _layers(_tensor("mlp", example), hidden, example.outputs)
 
 
@@ -58,8 +62,12 @@ def _layers(example: Tensor, hidden: tuple[int, ...], outputs: int) -> nn.Module
 
 
 @register_model("group_norm_cnn")
-def group_norm_cnn(example: Samples, *, width: int = 16) -> nn.Module:
-    """Two convolutions with GroupNorm and ReLU, mean pooling, a linear layer, log-softmax; any image size."""
+def group_norm_cnn(example: Samples, *, width: Positive = 16) -> nn.Module:
+    """Two convolutions with GroupNorm and ReLU, mean pooling, a linear layer, log-softmax; any image size.
+
+    Options:
+        width: Channels of the first convolution, a multiple of 4; the second has twice as many.
+    """
     channels = _tensor("group_norm_cnn", example).shape[1]
     return nn.Sequential(
         nn.Conv2d(channels, width, 3, padding=1),
@@ -115,9 +123,16 @@ class Block(nn.Module):
 
 @register_model("transformer")
 def transformer(
-    example: Samples, *, vocabulary: int = 100, width: int = 32, heads: int = 4, depth: int = 2
+    example: Samples, *, vocabulary: Positive = 100, width: Positive = 32, heads: Positive = 4, depth: Positive = 2
 ) -> nn.Module:
-    """A small transformer classifier of token sequences (data `tokens`)."""
+    """A small transformer classifier of token sequences (data `tokens`).
+
+    Options:
+        vocabulary: How many tokens there are.
+        width: Numbers a token, a multiple of `heads` and of 2.
+        heads: Attention heads.
+        depth: Blocks.
+    """
     found = example.inputs
     if not isinstance(found, Tensor) or found.is_floating_point() or found.dim() != 2:
         raise ProblemError("model 'transformer' takes token sequences, such as data 'tokens'")

@@ -18,6 +18,8 @@ def notes(records: Sequence[Record]) -> list[str]:
 def _winner(records: Sequence[Record]) -> str:
     right = [r for r in records if r.status == "ok" and "median_s" in r.timing]
     if not right:
+        if any(r.status == "interrupted" for r in records):
+            return ""
         return "No backend gave a right result that could be timed."
     best = min(right, key=lambda r: r.timing["median_s"])
     text = f"Cheapest right backend: {best.label}"
