@@ -9,7 +9,7 @@
 
    `cloud` is the largest distance from the truth of K reference runs at inputs and parameters moved by a few
    roundings. Near a kink (ReLU, max-pool) it is large, and a result that lands on the other side is right: such a
-   sample is ill-conditioned. More than max(4, N/8) of them are a disagreement.
+   sample is ill-conditioned. More than max(4, N/8) of them are a disagreement; in half precision max(4, N/2).
 
 Nothing here knows backends or YAML: results and truths are tensors, the cloud is a function that draws.
 """
@@ -44,6 +44,7 @@ SIZES = (1.0, 2.0, 4.0, 8.0, 16.0)  # perturbations in roundings; wider than one
 FLOAT64_SLACK = (
     2.0**20
 )  # roundings that an ill-conditioned but right float64 gradient may lose; logic errors are larger
+COARSE = 2.0**-16  # unit roundoff above which a dtype counts as half precision
 OUTLIER = 64.0  # times the typical sample's error: far above scatter, far below what a kink does
 CHUNK = 2**20  # numbers held in float64 at a time while two results are compared
 TINY = torch.finfo(torch.float64).tiny  # 0 / TINY is 0: no error where none is allowed is agreement
@@ -111,27 +112,31 @@ class Calibrated(Rule):
         """Answer question 2: is the result as near the float64 truth as its dtype allows?"""
         u = unit_roundoff(yardsticks[0])
         base = precision_base(truth, yardsticks)
-        found = self._judge("precision", result, truth, base, cloud(truth, draw, u), per_sample)
+        most = most_excused(len(base), u)
+        found = self._judge("precision", result, truth, base, cloud(truth, draw, u), most, per_sample)
         if not (found.agrees and per_sample):
             return found
         return replace(found, ill_conditioned=tuple(sorted({*found.ill_conditioned, *_outliers(base, truth, u)})))
 
     def is_same_function(self, result: Rows, truth: Rows, draw: Draw, *, per_sample: bool) -> Agreement:
         """Answer question 1: do two float64 results differ by no more than float64 rounding?"""
-        distances = cloud(truth, draw, unit_roundoff(truth))
-        return self._judge("same function", result, truth, same_function_base(truth), distances, per_sample)
+        u = unit_roundoff(truth)
+        base = same_function_base(truth)
+        most = most_excused(len(base), u)
+        return self._judge("same function", result, truth, base, cloud(truth, draw, u), most, per_sample)
 
-    def decide(self, error: Tensor, base: Tensor, distances: Cloud) -> tuple[Tensor, tuple[int, ...]]:
+    def decide(self, error: Tensor, base: Tensor, distances: Cloud, most: int) -> tuple[Tensor, tuple[int, ...]]:
         """Return the excess [R, P], above 1 where the result disagrees, and the rows that only the cloud excuses.
 
         Args:
             error: ‖g−t‖(i,p).
             base: What stage 1 allows, but for the factor.
             distances: The cloud.
+            most: How many rows the cloud may excuse; see `most_excused`.
         """
         excess = error / (self.factor * base).clamp_min(TINY)
         failing = (~(excess <= 1)).any(1).nonzero().flatten()  # NaN fails
-        if not len(failing) or len(failing) > max(4, len(base) / 8):
+        if not len(failing) or len(failing) > most:
             return excess, ()
         allowed = base[failing]
         for k in range(self.draws):
@@ -140,10 +145,10 @@ class Calibrated(Rule):
         return excess, tuple(int(i) for i in failing if excess[i].max() <= 1)
 
     def _judge(
-        self, question: str, result: Rows, truth: Rows, base: Tensor, distances: Cloud, per_sample: bool
+        self, question: str, result: Rows, truth: Rows, base: Tensor, distances: Cloud, most: int, per_sample: bool
     ) -> Agreement:
         error = distance(result, truth)
-        excess, excused = self.decide(error, base, distances)
+        excess, excused = self.decide(error, base, distances, most)
         return _answer(question, excess, error, truth, excused if per_sample else (), per_sample)
 
 
@@ -177,6 +182,15 @@ def cloud(truth: Rows, draw: Draw, u: float) -> Cloud:
         return distance(draw(k, SIZES[k % len(SIZES)] * u, rows), {name: t[rows] for name, t in truth.items()})
 
     return distances
+
+
+def most_excused(n: int, u: float) -> int:
+    """Return how many of n samples may be excused by a kink: an eighth, half of them in half precision; four always.
+
+    The coarser the dtype, the more samples have a kink within a few roundings. Half precision with an eighth gave 3
+    false alarms in 1286 results (`python -m testbed calibrate`); it cannot see small errors in any case, question 1 does.
+    """
+    return max(4, n // 2 if u > COARSE else n // 8)
 
 
 def precision_base(truth: Rows, yardsticks: Runs) -> Tensor:

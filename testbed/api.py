@@ -108,23 +108,25 @@ def run_experiment(
         "tf32": e.tf32,
     }
 
-    def make() -> Problem:
-        return make_problem(
-            e.model.name,
-            e.data.name,
-            e.loss.name,
-            model_options=e.model.options,
-            data_options=e.data.options,
-            loss_options=e.loss.options,
-            batch_size=e.batch_size,
-            seed=e.seed,
-            train_steps=e.train_steps,
-            dtype=getattr(torch, e.dtype),
-            device=device,
-        )
-
     settings = Settings(name, rule(e.agreement), **e.timing.model_dump(), baseline=e.resolved_baseline(), seed=e.seed)
-    run(make, about, cells(e.resolved_backends(), e.quantities), settings, emit, progress)
+    run(lambda: problem_of(e, device), about, cells(e.resolved_backends(), e.quantities), settings, emit, progress)
+
+
+def problem_of(e: Experiment, device: torch.device) -> Problem:
+    """Make the problem that an experiment asks for; see `make_problem`."""
+    return make_problem(
+        e.model.name,
+        e.data.name,
+        e.loss.name,
+        model_options=e.model.options,
+        data_options=e.data.options,
+        loss_options=e.loss.options,
+        batch_size=e.batch_size,
+        seed=e.seed,
+        train_steps=e.train_steps,
+        dtype=getattr(torch, e.dtype),
+        device=device,
+    )
 
 
 def set_precision(experiment: Experiment) -> None:

@@ -1,0 +1,63 @@
+"""`python -m testbed list`: what there is."""
+
+import argparse
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from backends import available
+from backends.base import BACKENDS, Unavailable
+from backends.registry import Registry, options_of
+from testbed.commands.plugins import add_plugin, load_plugins
+from testbed.experiment import load_experiment
+from testbed.problems import DATA, LOSSES, MODELS
+from testbed.records import EXIT_OK
+from testbed.yaml_source import ConfigError
+
+
+def main(arguments: Sequence[str]) -> int:
+    """List what there is, each with its first line of documentation and its options."""
+    parser = argparse.ArgumentParser(prog="python -m testbed list", description="List what there is.")
+    kinds = ("backends", "models", "data", "losses", "experiments")
+    parser.add_argument("kind", nargs="?", choices=kinds, help="only this (default: all)")
+    add_plugin(parser)
+    options = parser.parse_args(arguments)
+    load_plugins(options.plugin)
+    available()
+    registries: dict[str, Registry[Any]] = {"backends": BACKENDS, "models": MODELS, "data": DATA, "losses": LOSSES}
+    for kind in [options.kind] if options.kind else kinds:
+        print(kind)
+        lines = _experiments() if kind == "experiments" else _entries(registries[kind])
+        for name, about in lines:
+            print(f"  {name:<24} {about}")
+    return EXIT_OK
+
+
+def _entries(registry: Registry[Any]) -> list[tuple[str, str]]:
+    found = []
+    for name in registry:
+        thing = registry[name]
+        about = next(iter((inspect.getdoc(thing) or "").splitlines()), "")
+        if options := ", ".join(options_of(thing)):
+            about += f" (options: {options})"
+        if registry is BACKENDS:
+            try:
+                thing.load()
+            except Unavailable as error:
+                about = f"unavailable: {error}"
+        found.append((name, about))
+    return found
+
+
+def _experiments() -> list[tuple[str, str]]:
+    here = Path("experiments")
+    folder = here if here.is_dir() else Path(__file__).parent.parent.parent / "experiments"
+    return [(str(f), _description(f)) for f in sorted(folder.glob("**/*.yaml"))]
+
+
+def _description(file: Path) -> str:
+    try:
+        return load_experiment(file).description.strip()
+    except ConfigError as error:
+        return f"cannot be run: {error}"

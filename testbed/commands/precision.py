@@ -1,0 +1,105 @@
+"""`python -m testbed precision`: the distribution of errors, backend by backend and dtype by dtype."""
+
+import argparse
+import json
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from testbed.api import problem_of, set_precision
+from testbed.commands.plugins import add_plugin, load_plugins
+from testbed.experiment import load_experiment, resolve_device
+from testbed.precision import Cancellation, Errors, cancellation, measure
+from testbed.progress import progress
+from testbed.records import EXIT_OK, EXIT_WRONG
+from testbed.yaml_source import ConfigError
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; exit code 1 where a backend disagrees."""
+    parser = argparse.ArgumentParser(
+        prog="python -m testbed precision",
+        description="Show how far every backend is from the float64 truth, sample by sample, in several dtypes.",
+    )
+    parser.add_argument("experiment", metavar="EXPERIMENT.yaml", help="whose problem to take")
+    parser.add_argument("--dtype", default="float32,bfloat16", metavar="NAME,...", help="default: %(default)s")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="instead of the experiment's")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="replace a part of it")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/precision-<time>")
+    add_plugin(parser)
+    options = parser.parse_args(arguments)
+    load_plugins(options.plugin)
+    dtypes = [name.strip() for name in options.dtype.split(",") if name.strip()]
+    for name in dtypes:
+        if name not in DTYPES:
+            raise ConfigError(f"--dtype: unknown dtype '{name}'; available: {', '.join(DTYPES)}")
+    chosen = [*options.set, *([f"device={options.device}"] if options.device else [])]
+    experiment = load_experiment(options.experiment, chosen)
+    set_precision(experiment)
+    device = resolve_device(experiment.device)
+    folder = options.out or Path("runs") / f"precision-{time.strftime('%Y%m%d-%H%M%S')}"
+    with progress() as shown, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # libraries warn of speed here, which is not measured
+        shown.begin("precision", 0)
+        found = measure(problem_of(experiment, device), dtypes, shown.step)
+    lost = [cancellation(getattr(torch, name)) for name in dtypes]
+    _show(found, lost, Console())
+    _save(found, lost, folder)
+    print(f"data and picture in {folder}")
+    return EXIT_OK if all(e.agrees for e in found) else EXIT_WRONG
+
+
+def _show(found: Sequence[Errors], lost: Sequence[Cancellation], console: Console) -> None:
+    grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for column in ("dtype", "backend", "median", "95 %", "largest", "ill-conditioned"):
+        grid.add_column(column, justify="left" if column in ("dtype", "backend") else "right")
+    for e in found:
+        if not e.relative:
+            grid.add_row(e.dtype, e.backend, "–", "–", "–", "refused")
+            continue
+        ordered = sorted(e.relative)
+        p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
+        ill = ", ".join(map(str, e.ill_conditioned[:4])) + (", …" if len(e.ill_conditioned) > 4 else "")
+        grid.add_row(e.dtype, e.backend, *(f"{x:.1e}" for x in (median(ordered), p95, ordered[-1])), ill or "none")
+    console.print("Error of a sample's gradient, relative to its norm, over the samples of the batch:")
+    console.print(grid)
+    for e in found:
+        if not e.agrees:
+            console.print(f"{e.backend} in {e.dtype} disagrees: {e.reason}")
+    console.print("\nNorms by Gram, where activations are nearly constant over 1024 positions:")
+    for c in lost:
+        negative = f"; {c.negative} of 16 squared norms come out negative" if c.negative else ""
+        console.print(f"{c.dtype}: off by {c.gram:.1e} of the squared norm, directly by {c.direct:.1e}{negative}")
+
+
+def _save(found: Sequence[Errors], lost: Sequence[Cancellation], folder: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")  # no screen is needed
+    from matplotlib import pyplot as plt  # a second to import, and only pictures need it
+
+    folder.mkdir(parents=True, exist_ok=True)
+    data = {"errors": [asdict(e) for e in found], "cancellation": [asdict(c) for c in lost]}
+    (folder / "precision.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    shown = [e for e in found if e.relative]
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.35 * len(shown)), layout="constrained")
+    for row, e in enumerate(reversed(shown)):
+        floor = [max(x, 1e-18) for x in e.relative]
+        axes.plot(floor, [row] * len(floor), "|", ms=12, alpha=0.6, color="C0")
+        kinks = [floor[i] for i in e.ill_conditioned if i < len(floor)]
+        axes.plot(kinks, [row] * len(kinks), "o", mfc="none", color="C3", label="ill-conditioned" if not row else None)
+    axes.set_yticks(range(len(shown)), [f"{e.backend}, {e.dtype}" for e in reversed(shown)])
+    axes.set(xscale="log", xlabel="error of a sample's gradient, relative to its norm (circled: ill-conditioned)")
+    for ending in ("png", "svg"):
+        figure.savefig(folder / f"precision.{ending}", dpi=150)
+    plt.close(figure)

@@ -1,0 +1,86 @@
+"""`python -m testbed EXPERIMENT.yaml`: run an experiment."""
+
+import argparse
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+import testbed
+from testbed.api import cells, run_experiment, set_precision
+from testbed.commands.plugins import add_plugin, load_plugins
+from testbed.experiment import Experiment, load_experiment, resolve_device
+from testbed.progress import progress
+from testbed.records import EXIT_INTERRUPTED, EXIT_OK, Record, exit_code
+from testbed.report import Report
+from testbed.run_folder import RunFolder
+
+RUN_EXAMPLES = """examples:
+  python -m testbed experiments/mnist.yaml
+  python -m testbed experiments/mnist.yaml --only naive,vmap --set batch_size=16 --set timing.rounds=5
+  python -m testbed experiments/digits.yaml --device cuda --out runs/digits-on-gpu
+  python -m testbed my.yaml --plugin my_model.py --dry-run
+  python -m testbed list backends
+
+exit codes: 0 as expected, 1 a backend is wrong, 2 usage, 3 a cell failed, 130 interrupted
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run an experiment: progress on stderr, the table on stdout, records in the run folder."""
+    parser = argparse.ArgumentParser(
+        prog="python -m testbed",
+        description="Check ways of computing per-sample gradients against each other, and time them.",
+        epilog=RUN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("experiment", metavar="EXPERIMENT.yaml", help="what to run; see experiments/README.md")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="the run folder (default: runs/<name>-<time>)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="instead of the experiment's")
+    add_plugin(parser)
+    parser.add_argument("--only", metavar="NAME,...", default="", help="only these backends of the experiment")
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="replace a part of the experiment (repeatable)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything, say what would run, run nothing")
+    version = f"testbed {testbed.__version__} (torch {torch.__version__}, Python {platform.python_version()})"
+    parser.add_argument("--version", action="version", version=version)
+    options = parser.parse_args(arguments)
+
+    load_plugins(options.plugin)
+    chosen = [*options.set, *([f"device={options.device}"] if options.device else [])]
+    experiment = load_experiment(options.experiment, chosen, [n for n in options.only.split(",") if n])
+    device = resolve_device(experiment.device)
+    if options.dry_run:
+        return _dry_run(experiment, device)
+    name = Path(options.experiment).stem
+    folder = RunFolder.create(options.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    set_precision(experiment)
+    folder.describe(experiment, device)
+    auto = " (auto)" if experiment.device == "auto" else ""
+    print(f"{name}: {experiment.description.strip() or 'no description'}\ndevice: {device}{auto}\n", flush=True)
+    records: list[Record] = []
+
+    def emit(record: Record, traceback: str) -> None:
+        records.append(record)
+        folder.append(record, traceback)
+
+    interrupted = False
+    try:
+        with progress() as shown:
+            run_experiment(experiment, name, device, emit, shown)
+    except KeyboardInterrupt:
+        interrupted = True
+    Report(records).print(Console())
+    print(f"{'interrupted; what was measured is' if interrupted else 'records'} in {folder.path}")
+    return EXIT_INTERRUPTED if interrupted else exit_code(records, experiment.expect)
+
+
+def _dry_run(experiment: Experiment, device: torch.device) -> int:
+    print(experiment.to_yaml())
+    for cell in cells(experiment.resolved_backends(), experiment.quantities):
+        print(f"would run {cell.quantity} with {cell.label} on {device}")
+    return EXIT_OK
