@@ -184,10 +184,18 @@ def own_copy(model: nn.Module) -> nn.Module:
     refuse_impure(model)
     if not trainable(model):
         raise Unsupported("the model has no trainable parameter: nothing to differentiate")
-    known: dict[int, Tensor] = {id(t): t.detach().clone() for t in _computed_anew(model)}
-    known |= {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
+    return full_copy(model, {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()})
+
+
+def full_copy(model: nn.Module, known: Mapping[int, Tensor] | None = None) -> nn.Module:
+    """Return a copy of the model with values of its own, but for tensors whose copies are `known` by identity.
+
+    Raises:
+        Unsupported: The model cannot be copied.
+    """
+    computed = {id(t): t.detach().clone() for t in _computed_anew(model)}
     try:
-        return copy.deepcopy(model, known)
+        return copy.deepcopy(model, {**computed, **(known or {})})
     except Exception as error:
         raise Unsupported(f"the model cannot be copied (copy.deepcopy: {first_line(error)})") from error
 

@@ -9,7 +9,7 @@ passes of a plain copy (`probe.py`) show whether it is so; `watcher` turns a "no
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,8 @@ def watcher(
         reason. It looks once at each form of inputs, since control flow may depend on shapes. It is a context
         whose value says whether this form is new; it stays new until a block has ended well.
     """
+    if not guarded():
+        return lambda inputs: nullcontext(False)
     plain = own_copy(model)
     paths = {id(module): path for path, module in plain.named_modules()}
     by_path = {paths[id(h.module)]: h for h in hooked(plain)}
@@ -58,7 +60,7 @@ def watcher(
     def watching(inputs: Batch) -> Iterator[bool]:
         form = (signature(inputs), size(inputs) > 1)  # one sample alone has no order
         new = form not in seen
-        if new and guarded():
+        if new:
             # one state for all passes: a permutation drawn at random is then another one in each
             with kept_random_state(plain):
                 one, *more = some(inputs)
@@ -230,7 +232,7 @@ def collect(
             shapes = f"shape {list(grads.shape)}, not {[samples, *p.shape]}"
             raise Unsupported(f"parameter `{name}`: {library}'s per-sample gradient has {shapes}")
         total = p.grad if totals is None else totals[name]
-        if guarded() and verify and not _sums_to(grads, torch.zeros_like(p) if total is None else total):
+        if verify and not _sums_to(grads, torch.zeros_like(p) if total is None else total):
             raise Unsupported(f"parameter `{name}`: {library}'s per-sample gradients do not sum to the batch gradient")
         if hasattr(p, attribute):
             delattr(p, attribute)

@@ -147,7 +147,8 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
         result = func(*args, **(kwargs or {}))
-        if any(t.requires_grad for t in tensors_in(result)):  # not a size, a dtype, something detached
+        results = [result] if isinstance(result, Tensor) else tensors_in(result)
+        if any(t.requires_grad for t in results):  # not a size, a dtype, something detached
             inside = set().union(*(self.covered[call.path] for call in self.inside))
             found = {id(t): t for t in tensors_in((args, kwargs)) if id(t) in self.names}
             if missed := tuple(self.names[p] for p in found if p not in inside):
@@ -159,7 +160,7 @@ class _Watch(TorchFunctionMode):
                     parameters=missed,
                     hooked=None,
                     tensors_in=len(others),
-                    tensors_out=len(tensors_in(result)),
+                    tensors_out=len(results),
                 )
         return result
 

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from backends.base import LossFn, first_line
+from backends.base import LossFn, first_line, full_copy
 from backends.batch import Batch, apply, call, cast, size
 from backends.registry import Registry
 
@@ -92,7 +92,7 @@ class Problem:
         """Return the same problem in another floating-point dtype: model, loss and both batches."""
         return replace(
             self,
-            model=copy.deepcopy(self.model).to(dtype=dtype),
+            model=full_copy(self.model).to(dtype=dtype),
             loss_fn=_convert_loss(self.loss_fn, dtype),
             inputs=cast(self.inputs, dtype),
             targets=cast(self.targets, dtype),
