@@ -187,8 +187,8 @@ def cloud(truth: Rows, draw: Draw, u: float) -> Cloud:
 def most_excused(n: int, u: float) -> int:
     """Return how many of n samples may be excused by a kink: an eighth, half of them in half precision; four always.
 
-    The coarser the dtype, the more samples have a kink within a few roundings. Half precision with an eighth gave 3
-    false alarms in 1286 results (`python -m testbed calibrate`); it cannot see small errors in any case, question 1 does.
+    The coarser the dtype, the more samples have a kink within a few roundings: half precision with an eighth gave 3
+    false alarms in 1286 results (`python -m testbed calibrate`). It cannot see small errors anyway; question 1 does.
     """
     return max(4, n // 2 if u > COARSE else n // 8)
 

@@ -1,0 +1,86 @@
+"""The check's own error rates on a few problems: no false alarm, and planted errors are caught."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from backends import variants
+from testbed.__main__ import main
+from testbed.calibrate import PLANTED, Tally, calibrate
+from testbed.precision import cancellation, measure
+from testbed.problems import make_problem
+
+CAUGHT = {"float64": 1e-8, "float32": 1e-4, "bfloat16": 0.11}  # what must be caught at the latest
+
+
+@pytest.fixture(scope="module")
+def tallies() -> list[Tally]:
+    return calibrate([0], list(CAUGHT), ["mlp", "group norm", "transformer"], train_steps=5)
+
+
+def test_there_is_no_false_alarm(tallies: list[Tally]) -> None:
+    assert [t.blamed for t in tallies] == [[]] * len(tallies)
+    assert all(t.runs >= 3 * 3 for t in tallies)
+
+
+def test_planted_errors_are_caught(tallies: list[Tally]) -> None:
+    for t in tallies:
+        assert set(t.caught) == set(PLANTED)
+        assert all(max(smallest) <= CAUGHT[t.dtype] for smallest in t.caught.values()), (t.dtype, t.caught)
+
+
+def test_a_smaller_factor_would_cry_wolf(tallies: list[Tally]) -> None:
+    """The measurement can fail: at half the default factor there are alarms."""
+    assert sum(t.alarms[2.0, 0] for t in tallies) > 0
+
+
+def test_command_prints_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["calibrate", "--seeds", "1", "--model", "mlp", "--dtype", "float32", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert code == 0
+    assert "0 of" in printed
+    assert {p.name for p in tmp_path.iterdir()} == {"calibration.json", "calibration.png", "calibration.svg"}
+    assert json.loads((tmp_path / "calibration.json").read_text())[0]["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["calibrate", "--model", "mpl"], "unknown model 'mpl' (did you mean 'mlp'?); available:"),
+        (["calibrate", "--dtype", "float8"], "unknown dtype 'float8'"),
+        (["calibrate", "--seeds", "0"], "--seeds: should be at least 1, found 0"),
+        (["precision", "experiments/mnist.yaml", "--dtype", "float8"], "--dtype: unknown dtype 'float8'"),
+        (["precision", "experiments/mnits.yaml"], "no such file"),
+    ],
+)
+def test_a_typo_is_one_line(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert sentence in line
+
+
+def test_precision_has_an_error_for_each_sample() -> None:
+    problem = make_problem("mlp", "random", "nll", batch_size=5)
+    found = measure(problem, ["float32", "float64"])
+    assert len(found) == 2 * len(variants())
+    assert all(e.agrees and len(e.relative) in (0, 5) for e in found)
+    exact = max(max(e.relative) for e in found if e.dtype == "float64")
+    coarse = min(max(e.relative) for e in found if e.dtype == "float32")
+    assert exact < 1e-12 < coarse < 1e-4
+
+
+def test_precision_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    experiment = tmp_path / "e.yaml"
+    experiment.write_text("model: logistic\ndata: {random: {shape: [4], classes: 3}}\nloss: nll\nbatch_size: 4\n")
+    assert main(["precision", str(experiment), "--dtype", "float32", "--out", str(tmp_path / "run")]) == 0
+    assert "Norms by Gram" in capsys.readouterr().out
+    assert (tmp_path / "run" / "precision.png").stat().st_size > 1000
+
+
+def test_norms_by_gram_cancel_where_direct_ones_do_not() -> None:
+    coarse = cancellation(torch.bfloat16)
+    assert coarse.negative > 0, "a squared norm below zero: clamped, it would mean unclipped"
+    assert coarse.direct < 0.02 < 1 < coarse.gram
+    assert cancellation(torch.float32).gram > 10 * cancellation(torch.float32).direct
