@@ -138,7 +138,7 @@ def _unseen(library: str, use: Use) -> str | None:
     if use.hooked is not None and use.hooked.reruns and (use.tensors_in, use.tensors_out) != (1, 1):
         return (
             f"{use.by} takes {use.tensors_in} tensor(s) and returns {use.tensors_out}; "
-            f"a general rule of {library}'s takes one and returns one"
+            f"{library} runs such a module anew, on one and for one"
         )
     return None
 

@@ -36,9 +36,10 @@ class RunFolder:
             raise ConfigError(f"--out {path}: cannot be made: {error.strerror}") from None
         return cls(path)
 
-    def describe(self, experiment: Experiment, device: torch.device) -> None:
-        """Write what is run, and where."""
-        (self.path / "experiment.yaml").write_text(experiment.to_yaml(), encoding="utf-8")
+    def describe(self, experiment: Experiment | None, device: torch.device) -> None:
+        """Write what is run, and where; what a command runs without an experiment is in its records."""
+        if experiment:
+            (self.path / "experiment.yaml").write_text(experiment.to_yaml(), encoding="utf-8")
         about = json.dumps(environment(device), indent=2, ensure_ascii=False)
         (self.path / "environment.json").write_text(about + "\n", encoding="utf-8")
 

@@ -1,0 +1,227 @@
+"""The sweep: cases × backends × quantities in float64. Each cell is right, refused, wrong or an error.
+
+What a backend refuses is run once more *unguarded* (see `backends.base.unguarded`), to know whether the refusal was
+needed: the record's `agreement["unguarded"]` says what the library would have returned. A quantity that a backend
+derives from `grads` is refused as `grads` is, and not asked again.
+"""
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from fnmatch import fnmatchcase
+from functools import cache
+from typing import Any
+
+import torch
+
+from backends import backend_class, get_backend, variants
+from backends.base import QUANTITIES, Backend, Unsupported, first_line, unguarded
+from backends.registry import UnknownName, unknown
+from testbed.agreement import Calibrated
+from testbed.cell import Cell, identity, source_hash
+from testbed.checks import refuse_without_gradients
+from testbed.conformance.case import SEED, Case
+from testbed.conformance.layers import layer_cases
+from testbed.conformance.models import model_cases
+from testbed.environment import environment
+from testbed.integrity import Snapshot
+from testbed.problems import Problem
+from testbed.records import SCHEMA, Record
+from testbed.referee import Referee
+from testbed.runner import Emit, Progress, Silent
+from testbed.worker import Outcome
+
+CPU = torch.device("cpu")
+RULE = Calibrated(draws=0)  # the cases are far from kinks in float64: nothing needs an excuse
+QUANTITY_OPTIONS: dict[str, dict[str, Any]] = {
+    "clipped_sum": {"max_norm": 20.0}  # near the cases' median norm: some samples are clipped, some are not
+}
+
+
+def all_cases() -> list[Case]:
+    """Return every case of the matrix, none of them built."""
+    return layer_cases() + model_cases()
+
+
+def row(layer: str, case: str) -> str:
+    """Return the row of the matrix that a case belongs to: its layer, or for a whole model what comes before ":"."""
+    return f"model, {case.partition(':')[0]}" if layer == "model" else layer
+
+
+def choose_cases(pattern: str = "*") -> list[Case]:
+    """Return the cases whose row, layer or name a pattern like `Conv*` matches.
+
+    Raises:
+        UnknownName: It matches none.
+    """
+    cases, wanted = all_cases(), pattern.lower()
+    found = [
+        case
+        for case in cases
+        if any(fnmatchcase(text.lower(), wanted) for text in (row(case.layer, case.name), case.layer, case.name))
+    ]
+    if not found:
+        raise UnknownName(unknown("layer", pattern, dict.fromkeys(row(case.layer, case.name) for case in cases)))
+    return found
+
+
+def choose_cells(backends: Sequence[str] = (), quantities: Sequence[str] = ("grads",)) -> list[Cell]:
+    """Return the cells of a case: every variant of the backends, for each quantity.
+
+    Args:
+        backends: Names, for all of a backend's variants, or labels like `opacus(mode=ew)`; all if empty.
+        quantities: Names.
+
+    Raises:
+        UnknownName: Of a backend or quantity.
+    """
+    for name in quantities or [""]:
+        if name not in QUANTITIES:
+            raise UnknownName(unknown("quantity", name, QUANTITIES))
+    cells = [Cell(b, q, options, QUANTITY_OPTIONS.get(q, {})) for q in quantities for b, options in variants()]
+    for name in backends:
+        if not any(name in (cell.backend, cell.label) for cell in cells):
+            raise UnknownName(unknown("backend", name, {cell.backend for cell in cells} | {c.label for c in cells}))
+    return [cell for cell in cells if not backends or {cell.backend, cell.label} & set(backends)]
+
+
+def sweep(
+    cases: Sequence[Case],
+    cells: Iterable[Cell],
+    emit: Emit,
+    progress: Progress | None = None,
+    *,
+    guarded: bool = True,
+) -> None:
+    """Run every cell on every case.
+
+    Args:
+        cases: The cases.
+        cells: Backends and quantities, as `choose_cells` returns them.
+        emit: Takes each record, the moment its cell has ended.
+        progress: Hears what is going on.
+        guarded: Whether backends refuse what their library would get wrong; else what the library returns is judged.
+    """
+    progress = progress or Silent()
+    quantities: dict[str, list[Cell]] = {}
+    for cell in cells:
+        quantities.setdefault(cell.quantity, []).append(cell)
+    for quantity, group in quantities.items():
+        progress.begin(f"{quantity}: {len(cases)} cases × {len(group)} backends", len(cases))
+        for case in cases:
+            progress.step(case.name)
+            with warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore"
+                )  # the libraries' remarks on each layer; what is wrong shows in the result
+                bench = _Bench(case, group[0], guarded)
+                for cell in group:
+                    emit(*bench.record(cell))
+
+
+class _Bench:
+    """One case and quantity: the truth, and what backends return beside it."""
+
+    def __init__(self, case: Case, cell: Cell, guarded: bool) -> None:
+        setup = case.build()
+        batch = (setup.inputs, setup.targets)
+        self.case, self.guarded = case, guarded
+        self.problem = Problem(setup.model, setup.loss_fn, *batch, *batch)
+        self.snapshot = Snapshot(setup.model)
+        self.refusal: Outcome | None = None
+        try:
+            refuse_without_gradients(self.problem)
+            self.referee = Referee(self.problem, cell.quantity, cell.quantity_options, RULE, few=self.problem.n)
+            self.referee.truth()
+        except Unsupported as error:
+            self.refusal = Outcome(status="unsupported", reason=f"the problem: {first_line(error)}")
+        except Exception as error:  # then no cell can be judged, and the sweep goes on
+            self.refusal = Outcome()
+            self.refusal.fail(error)
+            self.refusal.reason = f"the truth: {self.refusal.reason}"
+
+    def record(self, cell: Cell) -> tuple[Record, str]:
+        """Return what became of a cell, and the traceback of an error or an empty string."""
+        start = time.perf_counter()
+        outcome = self.refusal or self._judge(cell, self.guarded)
+        native = backend_class(cell.backend).native(cell.quantity)
+        if self.guarded and native and outcome.status == "unsupported" and not self.refusal:
+            raw = self._judge(cell, guarded=False)
+            silent = raw.status == "nonfinite" or "same_function" in raw.agreement
+            outcome.agreement["unguarded"] = {"status": raw.status, "diagnosis": raw.diagnosis, "silent": silent}
+        about = {
+            "case": self.case.name,
+            "layer": self.case.layer,
+            "option": self.case.option,
+            "why": self.case.reason,
+            "batch_size": self.problem.n,
+            "dtype": "float64",
+            "device": "cpu",
+        }
+        env = _environment(cell.backend)
+        settings = {"guarded": self.guarded, "rule": asdict(RULE)}
+        inside = ", ".join(f"{key}={value}" for key, value in cell.quantity_options.items())
+        record = Record(
+            cell=identity(cell, about, settings, env),
+            experiment="conformance" if self.guarded else "conformance, unguarded",
+            problem=about,
+            backend=cell.backend,
+            options=dict(cell.options),
+            quantity=f"{cell.quantity}({inside})" if inside else cell.quantity,
+            status=outcome.status,
+            reason=outcome.reason,
+            agreement={"rule": "calibrated", **outcome.agreement},
+            diagnosis=outcome.diagnosis,
+            phases={"cell_s": time.perf_counter() - start},
+            timing={"native": native},
+            memory={},
+            # the rest is in the run folder's environment.json, once and not in some thousand lines
+            environment={key: env[key] for key in ("commit", "versions", "backend_source", "schema")},
+        )
+        return record, outcome.traceback
+
+    def _judge(self, cell: Cell, guarded: bool) -> Outcome:
+        outcome, p = Outcome(), self.problem
+        try:
+            backend = _backend(cell)
+            if not backend.float64:
+                raise Unsupported("`model`: this backend has no float64 path, in which the matrix is")
+            with _settled(), nullcontext() if guarded else unguarded():
+                method: Callable[..., Any] = getattr(backend, cell.quantity)
+                result = method(p.model, p.loss_fn, **cell.quantity_options)(p.inputs, p.targets)
+            outcome.take("same_function", self.referee.same_function(result))
+        except Exception as error:
+            outcome.fail(error)
+        if change := self.snapshot.change():
+            self.snapshot.restore()
+            outcome.status = "disagrees"
+            outcome.diagnosis = outcome.reason = f"the backend changed the caller's model: {change}"
+        return outcome
+
+
+@contextmanager
+def _settled() -> Iterator[None]:
+    """Give every cell the same random state: a case may draw from it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(SEED + 1)
+        yield
+
+
+_BUILT: dict[tuple[type[Backend], str], Backend] = {}
+
+
+def _backend(cell: Cell) -> Backend:
+    """Return the cell's backend; its library is imported and its options are checked once, not for every case."""
+    cls = backend_class(cell.backend)
+    if (cls, cell.label) not in _BUILT:
+        cls.load()
+        _BUILT[cls, cell.label] = get_backend(cell.backend, **cell.options)
+    return _BUILT[cls, cell.label]
+
+
+@cache
+def _environment(backend: str) -> dict[str, Any]:
+    """Return the environment of a backend's cells; it is the same for all of a sweep."""
+    return {**environment(CPU), "backend_source": source_hash(backend), "schema": SCHEMA}
