@@ -63,7 +63,7 @@ def library_call(
         where = culprit(error, used)
         if "BackwardHookFunction" in str(error):  # autograd's words for it do not help a user
             raise Unsupported(f"{where} modifies in place the output of a module with a backward hook") from error
-        raise Unsupported(f"{where}: {first_line(error)}") from error
+        raise Unsupported(f"{where}: {first_sentence(error)}") from error
 
 
 def batch_gradient(model: nn.Module, loss_fn: LossFn, inputs: Batch, targets: Tensor) -> Named:
@@ -81,3 +81,9 @@ def culprit(error: BaseException, model: nn.Module) -> str:
     modules = [m for values in frames for m in values if isinstance(m, nn.Module) and id(m) in paths]
     inner = [m for m in modules if m is not model] or modules  # a library's frames often hold the model too
     return describe(paths[id(inner[-1])], inner[-1], options=True) if inner else "the model"
+
+
+def first_sentence(error: BaseException, longest: int = 200) -> str:
+    """Return what a library says first of an error; some go on with advice for its developers."""
+    text = first_line(error).split(". ")[0]
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"

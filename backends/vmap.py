@@ -45,6 +45,6 @@ class Vmap(Backend):
             buffers = {name: b.clone() for name, b in model.named_buffers()}
             with library_call(original, model, loss_fn, inputs, targets):
                 grads: Named = transform(parameters, buffers, inputs, targets)
-            return grads
+            return {name: g.detach() for name, g in grads.items()}  # the loss may hold parameters of its own
 
         return fn

@@ -5,14 +5,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from backends import available
 from backends.base import BACKENDS, QUANTITIES, Backend, LossFn
-from backends.batch import Batch, size, take
+from backends.batch import Batch, apply, size, take
 from backends.registry import UnknownName, check_options, unknown
 from testbed.agreement import RULES, Rule
 from testbed.cell import Cell
-from testbed.experiment import Choice, Experiment
+from testbed.experiment import Choice, Experiment, Timing
 from testbed.problems import Problem, make_problem
 from testbed.records import Record
 from testbed.report import Report
@@ -63,10 +64,14 @@ def compare(
     Raises:
         UnknownName: Of a backend, quantity or rule.
         BadOption: Of one of them.
-        ValueError: Inputs and targets are no batch.
+        TypeError: Model or loss are not what they should be.
+        ValueError: Inputs and targets are no batch, or a number is out of range.
     """
-    if size(inputs) != size(targets):
-        raise ValueError(f"inputs hold {size(inputs)} samples, targets {size(targets)}")
+    check_arguments(model, loss_fn, inputs, targets)
+    inputs, targets = apply(torch.Tensor.detach, inputs), targets.detach()
+    backends = [backends] if isinstance(backends, str) else backends
+    quantities = [quantities] if isinstance(quantities, str) else quantities
+    timing = Timing(rounds=rounds, max_s=max_s, warmup=warmup)
     backwards = torch.arange(size(inputs) - 1, -1, -1)
     fresh_inputs, fresh_targets = fresh or (take(inputs, backwards), take(targets, backwards))
     problem = Problem(model, loss_fn, inputs, targets, fresh_inputs, fresh_targets)
@@ -79,10 +84,36 @@ def compare(
         "dtype": str(problem.dtype).removeprefix("torch."),
         "device": str(problem.device),
     }
-    settings = Settings("compare", rule(Choice.model_validate(agreement)), rounds, max_s, warmup, baseline, seed)
+    if baseline is not None and baseline not in [choice.name for choice in chosen]:
+        raise UnknownName(unknown("baseline", baseline, [choice.name for choice in chosen]))
+    settings = Settings(
+        "compare", rule(Choice.model_validate(agreement)), **timing.model_dump(), baseline=baseline, seed=seed
+    )
     records: list[Record] = []
     run(lambda: problem, about, cells(chosen, wanted), settings, lambda record, _: records.append(record), progress)
     return Report(records)
+
+
+def check_arguments(model: nn.Module, loss_fn: LossFn, inputs: Batch, targets: Tensor) -> None:
+    """Refuse what cannot be a problem, before anything is built.
+
+    Raises:
+        TypeError: The model is no module, or the loss cannot be called.
+        ValueError: There is no sample, inputs and targets do not match, or the model holds no numbers.
+    """
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"model should be a torch.nn.Module (not a script), found {type(model).__name__}")
+    if not callable(loss_fn):
+        raise TypeError(
+            f"loss_fn should be a function (outputs, targets) -> losses [N], found {type(loss_fn).__name__}"
+        )
+    if size(inputs) != size(targets) or size(inputs) == 0:
+        raise ValueError(f"inputs and targets should hold as many samples, found {size(inputs)} and {size(targets)}")
+    parameters = list(model.parameters())
+    if not any(p.is_floating_point() for p in parameters if not is_lazy(p)):
+        raise ValueError("the model has no floating-point parameter: nothing to differentiate")
+    if any(p.is_meta or is_lazy(p) for p in parameters):
+        raise ValueError("the model has parameters without values (meta device or lazy module); initialise it first")
 
 
 def run_experiment(

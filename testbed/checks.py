@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from backends.base import Unsupported, describe, first_line, own_copy
 from backends.batch import Batch, call, take
-from backends.running import culprit, kept_buffers
+from backends.running import culprit, kept_buffers, kept_random_state
 from testbed.problems.base import Problem
 
 TOLERANCE = 1e-9  # float64 kernels may sum a batch of another length in another order; coupling is far above it
@@ -22,7 +22,10 @@ def refuse_without_gradients(problem: Problem) -> None:
     Raises:
         Unsupported: The loss is not one number a sample, samples are coupled, or the model is random.
     """
-    own_copy(problem.model)  # refuses what cannot be copied, and BatchNorm in training mode with its name
+    model = own_copy(problem.model)  # refuses what cannot be copied, and BatchNorm in training mode with its name
+    if any(p.is_complex() for p in model.parameters()):
+        raise Unsupported("the model has complex parameters; gradients here are real")
+    _losses(problem, model, problem.inputs, problem.targets)  # in the run's own dtype
     wide = problem.to(torch.float64)
     model = own_copy(wide.model)
     trace = _Trace(model)
@@ -33,7 +36,14 @@ def refuse_without_gradients(problem: Problem) -> None:
             f"the loss returned shape {list(losses.shape)} for {n} samples, it must be [{n}]: one loss a sample; "
             "use reduction='none'"
         )
+    if not losses.isfinite().all():
+        i = int((~losses.isfinite()).nonzero()[0])
+        raise Unsupported(f"the loss of sample {i} is {float(losses[i])}: there is nothing to compare")
     outputs = trace.take()
+    with torch.enable_grad(), kept_buffers(model), kept_random_state(model):
+        if not wide.loss_fn(call(model, wide.inputs), wide.targets).requires_grad:
+            raise Unsupported("the loss does not depend on the parameters: something in model or loss detaches it")
+    trace.take()
     _refuse_random(wide, model, losses, outputs, trace)
     if n > 1:
         _refuse_coupled(wide, model, losses, outputs, trace)

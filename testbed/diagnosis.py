@@ -241,7 +241,7 @@ def _times(factor: float, sizes: Mapping[str, int]) -> str:
     inverse = round(1 / factor) if 0 < factor < 1 else 0
     if inverse > 1 and abs(factor * inverse - 1) < 0.01:
         return f"1/{inverse} of the truth"
-    return f"{factor:.6g} times the truth"
+    return f"{factor:.6g} times the truth" if abs(factor - 1) > 1e-5 else f"1 {factor - 1:+.1e} times the truth"
 
 
 def _worst(d: Difference) -> str:

@@ -1,6 +1,6 @@
 """The form of a result: names, shapes, dtypes, devices, finite numbers; what is wrong with it in one sentence."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ def wrong_form(result: object, truth: Result) -> str | None:
         if not isinstance(result, Tensor):
             return f"the result is a {type(result).__name__}, not a tensor {list(truth.shape)}"
         return _wrong_tensor("the result", result, truth)
-    if not isinstance(result, Mapping):
-        return f"the result is a {type(result).__name__}, not {{parameter name: tensor}}"
+    if type(result) is not dict:  # a lazy mapping would be timed before it has computed anything
+        return f"the result is a {type(result).__name__}, not a dict {{parameter name: tensor}}"
     missing, extra = [n for n in truth if n not in result], [n for n in result if n not in truth]
     if missing and len(missing) == len(extra):
         pairs = shown([f"`{a}` for `{b}`" for a, b in zip(extra, missing, strict=True)])

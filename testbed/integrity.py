@@ -1,47 +1,79 @@
-"""Was the caller's model left as it was? A snapshot that tells, and that puts things back."""
+"""Was everything left as it was? A snapshot of the caller's model, batch and global state that tells, and puts back."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_internals
+
+from backends.batch import tensors
+from testbed.problems.base import Problem
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
+SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "gradient mode": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "number of threads": (torch.get_num_threads, torch.set_num_threads),
+}
 
 
 class Snapshot:
-    """A model's parameters, buffers, gradients, hooks and modes, and the random state, as they were."""
+    """A model's parameters, buffers, gradients, hooks and modes, a batch, and PyTorch's global state, as they were."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self._values = {name: t.detach().clone() for name, t in _tensors(model).items()}
+    def __init__(self, model: nn.Module, batch: Mapping[str, Tensor] | None = None) -> None:
+        self.model, self.batch = model, dict(batch or {})
+        self._values = {name: t.detach().clone() for name, t in self._tensors().items()}
         self._grads = {name: p.grad for name, p in model.named_parameters()}
-        self._hooks = _hooks(model)
+        self._trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+        self._hooks = [dict(found) for found in self._hook_dicts()]
         self._modes = {path: m.training for path, m in model.named_modules()}
         self._random = _random_state()
+        self._settings = {name: read() for name, (read, _) in SETTINGS.items()}
+
+    @classmethod
+    def of(cls, problem: Problem) -> "Snapshot":
+        """Return the snapshot of a problem's model and batch."""
+        batch = {f"input {i}": t for i, t in enumerate(tensors(problem.inputs))}
+        return cls(problem.model, {**batch, "targets": problem.targets})
 
     def change(self) -> str | None:
-        """Return what a backend has changed, in words; None if nothing."""
-        now = _tensors(self.model)
+        """Return what has been changed, in words; None if nothing."""
+        now = self._tensors()
         if now.keys() != self._values.keys():
             return f"names of parameters and buffers: {', '.join(sorted(now.keys() ^ self._values.keys()))}"
         for name, before in self._values.items():
-            if not torch.equal(now[name].detach().nan_to_num(), before.nan_to_num()):
+            if now[name].shape != before.shape or not torch.equal(_known(now[name]), _known(before)):
                 return f"the values of `{name}`"
         for name, p in self.model.named_parameters():
             if p.grad is not self._grads[name]:
                 return f"the `.grad` of `{name}`"
-        if _hooks(self.model) != self._hooks:
-            return "its hooks"
+            if p.requires_grad != self._trainable[name]:
+                return f"whether `{name}` is trained"
+        if [dict(found) for found in self._hook_dicts()] != self._hooks:
+            return "hooks of the model, or of all modules"
         for path, module in self.model.named_modules():
             if module.training != self._modes[path]:
                 return f"train/eval mode of `{path or 'model'}`"
         if any(not torch.equal(a, b) for a, b in zip(_random_state(), self._random, strict=True)):
             return "the global random state"
-        return None
+        changed = [name for name, (read, _) in SETTINGS.items() if read() != self._settings[name]]
+        return f"PyTorch's {changed[0]}" if changed else None
 
     def restore(self) -> None:
-        """Put values, gradients, modes and the random state back; hooks cannot be."""
+        """Put everything back."""
+        for name, (_, write) in SETTINGS.items():
+            write(self._settings[name])
+        for found, before in zip(self._hook_dicts(), self._hooks, strict=True):
+            found.clear()
+            found.update(before)
         with torch.no_grad():
-            for name, t in _tensors(self.model).items():
-                if name in self._values:
+            for name, t in self._tensors().items():
+                if name in self._values and t.shape == self._values[name].shape:
                     t.copy_(self._values[name])
         for name, p in self.model.named_parameters():
+            p.requires_grad_(self._trainable.get(name, p.requires_grad))
             p.grad = self._grads.get(name)
         for path, module in self.model.named_modules():
             module.training = self._modes.get(path, module.training)
@@ -49,17 +81,17 @@ class Snapshot:
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.set_rng_state_all(self._random[1:])
 
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers()), **self.batch}
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    def _hook_dicts(self) -> list[dict[int, Any]]:
+        of_all = [getattr(module_internals, kind) for kind in GLOBAL_HOOKS]
+        return [*(getattr(module, kind) for module in self.model.modules() for kind in HOOKS), *of_all]
 
 
-def _hooks(model: nn.Module) -> list[int]:
-    return [
-        len(getattr(module, kind))
-        for module in model.modules()
-        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    ]
+def _known(t: Tensor) -> Tensor:
+    """Return the numbers of a tensor with NaN as zero, so that equal tensors compare equal."""
+    return t.detach().nan_to_num() if t.is_floating_point() else t.detach()
 
 
 def _random_state() -> list[Tensor]:

@@ -1,6 +1,7 @@
 """Problem × cells → records: checks, then interleaved timing rounds, then memory and the check again."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -149,7 +150,8 @@ class _Group:
             if self.outcomes[label].status != "ok":
                 self.end(label)
         if self.running:
-            self.limit = worker.limit()
+            with suppress(RuntimeError):  # no limit where the ordinary step itself does not fit, say
+                self.limit = worker.limit()
             self.time(worker)
         self.progress.begin(f"{self.quantity}: memory, and agreement on fresh data", len(self.running))
         for label, cell in list(self.running.items()):
@@ -182,7 +184,7 @@ class _Group:
         """Time one call; a cell that fails in it ends."""
         try:
             return worker.time(name)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if name in self.running:
                 self.outcomes[name].fail(error)
                 self.end(name)

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from backends import backend_class, get_backend
+from backends import backend_class, get_backend, reference
 from backends.base import Backend, Unavailable, Unsupported, first_line, first_line_of, own_copy, trainable
-from backends.batch import Batch, call
+from backends.batch import Batch, apply, call, tensors
 from testbed import memory, timing
-from testbed.agreement import Rule, as_rows
+from testbed.agreement import Rule, as_rows, norms
 from testbed.cell import Cell
 from testbed.integrity import Snapshot
 from testbed.problems import Problem
@@ -57,6 +57,7 @@ class Outcome:
     def fail(self, error: BaseException) -> None:
         """Take the status and the reason from an exception."""
         self.status, self.reason = status_of(error)
+        self.diagnosis = self.reason if self.status == "disagrees" else self.diagnosis
         self.traceback = "".join(traceback.format_exception(error)) if self.status == "error" else ""
 
 
@@ -73,8 +74,9 @@ class Worker:
     def __init__(self, problem: Problem, quantity: str, quantity_options: Mapping[str, Any], rule: Rule) -> None:
         self.problem, self.quantity, self.options, self.rule = problem, quantity, dict(quantity_options), rule
         self.referee = Referee(problem, quantity, quantity_options, rule)
-        self.snapshot = Snapshot(problem.model)
+        self.snapshots = [Snapshot.of(problem), Snapshot.of(self.referee.few)]
         self.functions: dict[str, Fn] = {ORDINARY: ordinary_step(problem)}
+        self.timed = apply(torch.clone, problem.inputs), problem.targets.clone()  # rewritten in place by `finish`
 
     def start(self, cell: Cell) -> Outcome:
         """Import, prepare and call once, and ask whether the result agrees."""
@@ -88,40 +90,75 @@ class Worker:
                     self._ask_same_function(backend, outcome)
                 if outcome.status == "ok":
                     self._ask_precision(cell, backend, outcome)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             outcome.fail(error)
         self._blame_for_changes(outcome)
         return outcome
 
     def time(self, name: str) -> timing.Sample:
-        """Time one call of a started cell, or of the ordinary step."""
+        """Time one call of a started cell, or of the ordinary step.
+
+        Raises:
+            Broken: The call has changed what is not its own. Whatever the call raises escapes too.
+        """
         fn = self.functions[name]
-        inputs, targets = self.problem.inputs, self.problem.targets
-        with _listening():
-            return timing.time_once(lambda: fn(inputs, targets), self.problem.device)
+        try:
+            with _listening():
+                return timing.time_once(lambda: fn(*self.timed), self.problem.device)
+        finally:
+            if change := self._restore():
+                raise Broken(change)
 
     def finish(self, cell: Cell, outcome: Outcome) -> None:
-        """Measure memory, and ask again on data that the function has not seen."""
+        """Measure memory, and ask again: on data that the function has not seen, and for the contract's promises."""
         fn, p = self.functions[cell.label], self.problem
-
-        def again() -> object:
-            return fn(p.fresh_inputs, p.fresh_targets)
-
         try:
             with _listening(outcome):
                 outcome.memory = memory.peak(lambda: fn(p.inputs, p.targets), p.device)
-                outcome.take("again", self.referee.precision(again(), again, fresh=True))
-            if outcome.status != "ok":
-                outcome.diagnosis = outcome.reason = f"after timing, on fresh data: {outcome.diagnosis}"
-        except Exception as error:
+                kept = fn(p.inputs, p.targets)
+                before = norms(as_rows(kept, self.quantity)).clone()
+                fresh = self._in_place(p.fresh_inputs, p.fresh_targets)
+                outcome.take("again", self.referee.precision(fn(*fresh), lambda: fn(*fresh), fresh=True))
+                if outcome.status != "ok":
+                    outcome.diagnosis = outcome.reason = f"after timing, on fresh data: {outcome.diagnosis}"
+                elif not torch.equal(norms(as_rows(kept, self.quantity)), before):
+                    raise Broken("an earlier result changed when the function was called again: it reuses a buffer")
+                elif self._is_stale(fn, before):
+                    raise Broken("in-place updates of the model's parameters are not seen by later calls")
+        except (Exception, SystemExit) as error:
             outcome.fail(error)
+        self._in_place(p.inputs, p.targets)
         self._blame_for_changes(outcome)
+
+    def _in_place(self, inputs: Batch, targets: Tensor) -> tuple[Batch, Tensor]:
+        """Return data written into the very tensors that were timed: results that are kept for a tensor then show."""
+        old, new = [*tensors(self.timed[0]), self.timed[1]], [*tensors(inputs), targets]
+        if [t.shape for t in old] != [t.shape for t in new]:
+            return inputs, targets
+        for t, s in zip(old, new, strict=True):
+            t.copy_(s)
+        return self.timed
+
+    def _is_stale(self, fn: Fn, before: Tensor) -> bool:
+        """Return whether results stay the same when the parameters move, though the reference's do not."""
+        p = self.problem
+        reference_fn = getattr(get_backend(reference()), self.quantity)(p.model, p.loss_fn, **self.options)
+        with torch.no_grad():
+            for parameter in p.model.parameters():
+                if parameter.is_floating_point():
+                    parameter.mul_(0.75)
+        same = torch.equal(norms(as_rows(fn(p.inputs, p.targets), self.quantity)), before)
+        stale = same and not torch.allclose(
+            norms(as_rows(reference_fn(p.inputs, p.targets), self.quantity)), before, rtol=1e-2
+        )
+        self._restore()
+        return stale
 
     def limit(self) -> dict[str, Any]:
         """Measure the physical limit of the quantity on this device, as plain data."""
         counter = FlopCounterMode(display=False)
         with counter:
-            self.functions[ORDINARY](self.problem.inputs, self.problem.targets)
+            self.functions[ORDINARY](*self.timed)
         rows = as_rows(self.referee.yardsticks()[0], self.quantity)
         written = sum(t.numel() * t.element_size() for t in rows.values()) * self.problem.n // self.referee.run.n
         peak, bandwidth = timing.ceilings(self.problem.device, self.problem.dtype)
@@ -148,13 +185,21 @@ class Worker:
         outcome.agreement["nondeterminism"] = self.referee.nondeterminism()
         outcome.take("precision", self.referee.precision(result, lambda: fn(p.inputs, p.targets)))
 
+    def _restore(self) -> str | None:
+        """Return what was changed that is not a backend's own, after putting it back; None if nothing was."""
+        changes = [change for snapshot in self.snapshots if (change := snapshot.change())]
+        if changes:
+            for snapshot in self.snapshots:
+                snapshot.restore()
+        return f"the backend changed what is the caller's: {changes[0]}" if changes else None
+
     def _blame_for_changes(self, outcome: Outcome) -> None:
-        change = self.snapshot.change()
-        if change is None:
-            return
-        self.snapshot.restore()
-        outcome.status = "disagrees"
-        outcome.diagnosis = outcome.reason = f"the backend changed the caller's model: {change}"
+        if change := self._restore():
+            outcome.fail(Broken(change))
+
+
+class Broken(Exception):
+    """A backend breaks its contract: what it did, in one line."""
 
 
 def ordinary_step(problem: Problem) -> Fn:
@@ -163,7 +208,8 @@ def ordinary_step(problem: Problem) -> Fn:
     parameters = list(trainable(model).values())
 
     def step(inputs: Batch, targets: Tensor) -> tuple[Tensor, ...]:
-        loss = problem.loss_fn(call(model, inputs), targets).sum()
+        with torch.enable_grad():
+            loss = problem.loss_fn(call(model, inputs), targets).sum()
         return torch.autograd.grad(loss, parameters, allow_unused=True)
 
     return step
@@ -173,6 +219,8 @@ def status_of(error: BaseException) -> tuple[str, str]:
     """Return the status and the one-line reason that an exception stands for."""
     if isinstance(error, Unsupported):
         return "unsupported", first_line(error)
+    if isinstance(error, Broken):
+        return "disagrees", first_line(error)
     if isinstance(error, Unavailable):
         return "unavailable", first_line(error)
     out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -1,5 +1,6 @@
 """Backends that are wrong on purpose; every one of them must fail a run. Given to the command line with `--plugin`."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -91,3 +92,80 @@ class Mutating(Backend):
             return grads
 
         return fn
+
+
+class Calls:
+    """A backend whose result, or whose deed, depends on the number of the call."""
+
+    @staticmethod
+    def plant(name: str, act: Callable[[int, nn.Module, Batch, Callable[[], Named]], Any]) -> None:
+        @register(f"planted_{name}")
+        @dataclass(frozen=True)
+        class Planted(Backend):
+            def grads(self, model: nn.Module, loss_fn: LossFn) -> GradsFn:
+                right, calls = get_backend("vmap").grads(model, loss_fn), [0]
+
+                def fn(inputs: Batch, targets: Tensor) -> Any:
+                    calls[0] += 1
+                    return act(calls[0], model, inputs, lambda: right(inputs, targets))
+
+                return fn
+
+        Planted.__qualname__ = f"planted {name}"
+
+
+def _then(result: Named, *deeds: object) -> Named:
+    return result
+
+
+class Lazy(dict[str, Tensor]):
+    """A dict that computes when it is read."""
+
+    def __init__(self, compute: Callable[[], Named]) -> None:
+        super().__init__()
+        self._compute = compute
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._compute()[name]
+
+
+KEPT: dict[tuple[int, str], Any] = {}
+POINTER = "by pointer"
+
+
+def _memo(call: int, model: nn.Module, inputs: Any, right: Callable[[], Named]) -> Named:
+    key = (inputs.data_ptr(), f"{inputs.dtype}")
+    if key not in KEPT:
+        KEPT[key] = right()
+    return KEPT[key]
+
+
+BUFFER: dict[str, Tensor] = {}
+
+
+def _alias(call: int, model: nn.Module, inputs: Any, right: Callable[[], Named]) -> Named:
+    found = right()
+    for name, g in found.items():
+        old = BUFFER.get(f"{name} {g.shape} {g.dtype}")
+        BUFFER[f"{name} {g.shape} {g.dtype}"] = found[name] = g.clone() if old is None else old.copy_(g)
+    return found
+
+
+Calls.plant("memo", _memo)
+Calls.plant("alias", _alias)
+Calls.plant("lazy", lambda n, model, x, right: Lazy(right))
+Calls.plant("late_weights", lambda n, m, x, right: _then(right(), n == 3 and next(m.parameters()).data.mul_(1.5)))
+Calls.plant("inputs", lambda n, m, x, right: _then(right(), x.mul_(1.01)))
+Calls.plant("hook", lambda n, m, x, right: _then(right(), m.register_forward_hook(lambda *_: None)))
+Calls.plant("gradients_off", lambda n, m, x, right: _then(right(), torch.set_grad_enabled(False)))
+Calls.plant("threads", lambda n, m, x, right: _then(right(), torch.set_num_threads(torch.get_num_threads() + 1)))
+Calls.plant("exit", lambda n, m, x, right: exit("bye"))
+
+
+@register("planted_stale")
+@dataclass(frozen=True)
+class Stale(Backend):
+    """Right, for the weights as they were when it was built."""
+
+    def grads(self, model: nn.Module, loss_fn: LossFn) -> GradsFn:
+        return get_backend("vmap").grads(copy.deepcopy(model), loss_fn)

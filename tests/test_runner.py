@@ -1,5 +1,6 @@
 """Runs as a whole: what is wrong is caught and explained, what is right is timed, what ends early has its record."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,16 @@ WRONG = {
     "not_a_mapping": "the result is a list",
     "drifting": "after timing, on fresh data: every gradient is 1.01 times the truth",
     "caching": "after timing, on fresh data",
-    "mutating": "the backend changed the caller's model: the values of `1.weight`",
+    "memo": "after timing, on fresh data",
+    "alias": "it reuses a buffer",
+    "lazy": "the result is a Lazy, not a dict",
+    "late_weights": "the backend changed what is the caller's: the values of `1.weight`",
+    "inputs": "the backend changed what is the caller's: the values of `input 0`",
+    "hook": "the backend changed what is the caller's: hooks",
+    "gradients_off": "the backend changed what is the caller's: PyTorch's gradient mode",
+    "threads": "the backend changed what is the caller's: PyTorch's number of threads",
+    "stale": "in-place updates of the model's parameters are not seen",
+    "mutating": "the backend changed what is the caller's: the values of `1.weight`",
 }
 YAML = """
 model: logistic
@@ -54,7 +64,7 @@ def run(folder: Path, names: str) -> Any:
 
 @pytest.fixture(scope="module")
 def all_wrong(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return run(tmp_path_factory.mktemp("planted"), ", ".join(f"planted_{name}" for name in WRONG))
+    return run(tmp_path_factory.mktemp("planted"), ", ".join([*(f"planted_{name}" for name in WRONG), "vmap"]))
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -67,9 +77,15 @@ def test_planted_error_is_caught_and_named(all_wrong: Any, name: str) -> None:
     assert record.timing.get("ratio") is None, "a wrong result gets no speed-up"
 
 
+def test_a_backend_that_exits_is_an_error_of_its_own(tmp_path: Path) -> None:
+    code, records = run(tmp_path, "vmap, planted_exit")
+    assert (records["exit"].status, records["vmap"].status, code) == ("error", "ok", 3)
+
+
 def test_a_right_backend_beside_wrong_ones_stays_right(all_wrong: Any) -> None:
     code, records = all_wrong
     assert records["naive"].status == "ok"
+    assert records["vmap"].status == "ok", records["vmap"].reason
     assert code == 1
 
 
@@ -153,6 +169,37 @@ class TestCompare:
         loss = nn.CrossEntropyLoss(weight=torch.tensor([0.5, 2.0]), reduction="none")
         report = testbed.compare(mlp(), loss, torch.randn(6, 5), torch.randint(2, (6,)), rounds=2)
         assert {r.status for r in report.records} == {"ok"}
+
+    @pytest.mark.parametrize(
+        ("arguments", "sentence"),
+        [
+            ({"model": lambda x: x}, "model should be a torch.nn.Module"),
+            ({"model": nn.ReLU()}, "the model has no floating-point parameter"),
+            ({"model": nn.LazyLinear(2)}, "the model has"),
+            ({"model": nn.Linear(5, 2, device="meta")}, "parameters without values (meta device"),
+            ({"loss_fn": None}, "loss_fn should be a function"),
+            ({"inputs": torch.zeros(0, 5), "targets": torch.zeros(0)}, "found 0 and 0"),
+            ({"targets": torch.zeros(5)}, "found 6 and 5"),
+            ({"inputs": {"x": [1.0]}}, "a batch is a tensor"),
+            ({"backends": "vmpa"}, "unknown backend 'vmpa' (did you mean 'vmap'?)"),
+            ({"quantities": "norm"}, "unknown quantity 'norm' (did you mean 'norms'?)"),
+            ({"baseline": "nope"}, "unknown baseline 'nope'"),
+            ({"rounds": 0}, "greater than or equal to 2"),
+        ],
+    )
+    def test_a_wrong_argument_is_said(self, arguments: dict[str, Any], sentence: str) -> None:
+        right = {"model": mlp(), "loss_fn": cross_entropy, "inputs": torch.zeros(6, 5), "targets": torch.zeros(6)}
+        with pytest.raises((TypeError, ValueError, LookupError), match=re.escape(sentence)):
+            testbed.compare(**{**right, **arguments})  # type: ignore[arg-type]
+
+    def test_data_that_gives_no_finite_loss_is_refused_once(self) -> None:
+        report = testbed.compare(mlp(), cross_entropy, torch.full((6, 5), torch.nan), torch.zeros(6, dtype=torch.long))
+        assert {r.reason for r in report.records} == {
+            "the problem: the loss of sample 0 is nan: there is nothing to compare"
+        }
+
+    def test_a_string_is_one_name(self) -> None:
+        assert [r.backend for r in compare(backends="vmap", quantities="norms").records] == ["vmap"]
 
     def test_model_is_left_as_it_was(self) -> None:
         from testbed.integrity import Snapshot

@@ -23,7 +23,11 @@ RUN_EXAMPLES = """examples:
   python -m testbed experiments/mnist.yaml --only naive,vmap --set batch_size=16 --set timing.rounds=5
   python -m testbed experiments/digits.yaml --device cuda --out runs/digits-on-gpu
   python -m testbed my.yaml --plugin my_model.py --dry-run
-  python -m testbed list backends
+
+other commands, each with its own --help:
+  python -m testbed list [backends|models|data|losses|experiments]
+  python -m testbed precision EXPERIMENT.yaml     errors sample by sample, in several dtypes
+  python -m testbed calibrate                     the check's own error rates
 
 exit codes: 0 as expected, 1 a backend is wrong, 2 usage, 3 a cell failed, 130 interrupted
 """

@@ -2,6 +2,7 @@
 
 from typing import Annotated
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
@@ -31,5 +32,6 @@ def cross_entropy(outputs: Tensor, targets: Tensor, *, label_smoothing: Share = 
 def mse(outputs: Tensor, targets: Tensor) -> Tensor:
     """Mean over a sample's outputs [N, K] of the squared error; classes [N] are compared one-hot."""
     if not targets.is_floating_point():
-        targets = F.one_hot(targets, outputs.shape[-1]).to(outputs.dtype)
+        classes = torch.arange(outputs.shape[-1], device=targets.device)
+        targets = (targets[..., None] == classes).to(outputs.dtype)  # F.one_hot looks at values, which vmap cannot
     return (outputs - targets).square().flatten(1).mean(1)

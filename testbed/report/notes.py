@@ -34,7 +34,10 @@ def _winner(records: Sequence[Record]) -> str:
 
 
 def _reasons(records: Sequence[Record]) -> list[str]:
-    return [f"{r.label}: {r.status}: {r.reason}" for r in records if r.status != "ok"]
+    refused = [r for r in records if r.status != "ok"]
+    if len(refused) > 1 and len({r.reason for r in refused}) == 1:
+        return [f"{', '.join(r.label for r in refused)}: {refused[0].status}: {refused[0].reason}"]
+    return [f"{r.label}: {r.status}: {r.reason}" for r in refused]
 
 
 def ill_conditioned(record: Record) -> tuple[int, ...]:

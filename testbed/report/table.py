@@ -80,9 +80,9 @@ def _table(records: Sequence[Record]) -> Table:
     rows = [_row(r) for r in sorted(records, key=lambda r: r.status != "ok")]
     if step := next((r.timing["ordinary"] for r in records if r.timing.get("ordinary")), None):
         rows.append(("ordinary step", "", "", _median(step), "", "1", "", ""))
-        bound = next(r.timing["limit"] for r in records if r.timing.get("limit"))
-        share = units.ratio(bound["seconds"] / step["median_s"])
-        rows.append(("limit", "", "", units.seconds(bound["seconds"]), "", share, "", ""))
+        if bound := next((r.timing["limit"] for r in records if r.timing.get("limit")), None):
+            share = units.ratio(bound["seconds"] / step["median_s"])
+            rows.append(("limit", "", "", units.seconds(bound["seconds"]), "", share, "", ""))
     return Table(_title(first), header, tuple(rows), tuple(notes(records)))
 
 
