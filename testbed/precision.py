@@ -6,6 +6,7 @@ as exact as its dtype on every sample, or far off on a few that sit on a kink.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,19 +40,25 @@ class Errors:
     reason: str = ""
 
 
-def measure(problem: Problem, dtypes: Sequence[str], step: Callable[[str], None] = lambda what: None) -> list[Errors]:
-    """Measure every backend in every dtype on one problem.
+def measure(
+    problem: Problem,
+    dtypes: Sequence[str],
+    backends: Sequence[tuple[str, dict[str, Any]]] | None = None,
+    step: Callable[[str], None] = lambda what: None,
+) -> list[Errors]:
+    """Measure backends in every dtype on one problem.
 
     Args:
         problem: The problem; it is converted to each dtype.
         dtypes: Such as "float32", "bfloat16", "float16".
+        backends: Names and options; every backend with every choice of its options if None.
         step: Hears what is being measured.
     """
     found = []
     for dtype in dtypes:
         run = problem.to(getattr(torch, dtype))
         referee = Referee(run, "grads", {}, Calibrated())
-        for name, options in variants():
+        for name, options in backends or variants():
             step(f"{dtype}, {with_options(name, options)}")
             found.append(_errors(run, referee, name, options, dtype))
     return found

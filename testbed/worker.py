@@ -8,7 +8,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
@@ -77,6 +77,8 @@ class Worker:
         self.snapshots = [Snapshot.of(problem), Snapshot.of(self.referee.few)]
         self.functions: dict[str, Fn] = {ORDINARY: ordinary_step(problem)}
         self.timed = apply(torch.clone, problem.inputs), problem.targets.clone()  # rewritten in place by `finish`
+        with suppress(RuntimeError):  # what the first call of all pays is nobody's own; a failure shows later
+            self.functions[ORDINARY](*self.timed)
 
     def start(self, cell: Cell) -> Outcome:
         """Import, prepare and call once, and ask whether the result agrees."""

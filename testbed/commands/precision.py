@@ -51,7 +51,8 @@ def main(arguments: Sequence[str]) -> int:
     with progress() as shown, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # libraries warn of speed here, which is not measured
         shown.begin("precision", 0)
-        found = measure(problem_of(experiment, device), dtypes, shown.step)
+        chosen_backends = [(c.name, c.options) for c in experiment.backends or ()]
+        found = measure(problem_of(experiment, device), dtypes, chosen_backends or None, shown.step)
     lost = [cancellation(getattr(torch, name)) for name in dtypes]
     _show(found, lost, Console())
     _save(found, lost, folder)

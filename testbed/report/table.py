@@ -120,8 +120,12 @@ def _row(r: Record) -> tuple[str, ...]:
 
 
 def _agreement(r: Record) -> str:
+    if r.status == "interrupted" and r.agreement.get("precision", {}).get("agrees"):
+        return "yes"  # so far
     if r.status != "ok":
         return "no" if r.diagnosis else "–"
+    if r.agreement.get("rule") == "calibrated" and "same_function" not in r.agreement:
+        return "yes ?"  # question 1 was not asked; a note says why
     return "yes *" if ill_conditioned(r) else "yes"
 
 
