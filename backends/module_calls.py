@@ -99,7 +99,7 @@ def _only_of_order(library: str, in_order: bool) -> Iterator[None]:
 
 
 def _outside(library: str, use: Use) -> str | None:
-    """Case "functional: F.linear after the module"; "functional: a penalty on the weight"."""
+    """Cases "functional: F.linear after the module", "functional: a penalty on the weight"."""
     if use.hooked is not None:
         return None
     return (
@@ -109,7 +109,7 @@ def _outside(library: str, use: Use) -> str | None:
 
 
 def _differentiated(library: str, use: Use) -> str | None:
-    """Case "mode: a double backward"."""
+    """Cases "mode: a double backward", "mode: a gradient in the forward"."""
     if not use.differentiated:
         return None
     return f"{use.by}: the forward pass takes a gradient through it; {library} would take that for the loss's"
@@ -123,7 +123,7 @@ def _replaced(library: str, use: Use) -> str | None:
 
 
 def _altered(library: str, use: Use) -> str | None:
-    """Cases "module: a hook triples the output" and, where the module is run again, "… the input"."""
+    """Cases "module: a hook triples the output", "module: a hook triples the input" (where it is run anew)."""
     if use.hooked is None or ("input" if use.hooked.reruns else "output") not in use.altered:
         return None
     if use.hooked.reruns:
@@ -132,7 +132,7 @@ def _altered(library: str, use: Use) -> str | None:
 
 
 def _unseen(library: str, use: Use) -> str | None:
-    """Case "module: an optional second tensor", positional and as keyword."""
+    """Cases "module: an optional second tensor", "module: an optional tensor by keyword"."""
     if use.keywords:
         return f"{use.by} is called with a tensor as keyword; {library} sees positional inputs only"
     if use.hooked is not None and use.hooked.reruns and (use.tensors_in, use.tensors_out) != (1, 1):

@@ -13,8 +13,8 @@ PLACE = re.compile(  # a refusal's beginning: `path` (Type(options)), with brack
     r"(\S+ with )?(parameter )?`[^`]*`( \((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\))?:? *"
 )
 LEGEND = """\
-Cases of the conformance matrix, `grads` in float64: **30** right, or **30 − 4**: another 4 refused, or **30 − 4 (2)**:
-of these, 2 that the library would get wrong without a word."""
+Cases of the conformance matrix, `grads` in float64. **30+4r (2)**: 30 right, 4 refused, of which the library would get
+2 wrong without a word. Made by `python -m testbed conformance --write-table FILE` with"""
 
 
 def capabilities(records: Sequence[Record]) -> str:
@@ -23,7 +23,7 @@ def capabilities(records: Sequence[Record]) -> str:
     shared = columns(records)
     names = list(dict.fromkeys(row_of(r) for r in records))
     lines = [
-        f"{LEGEND} Made by `python -m testbed conformance --write-table` with {made}.",
+        f"{LEGEND} {made}.",
         "",
         "| " + " | ".join(["", *(_header(label, others) for label, others in shared.items())]) + " |",
         "|---|" + "---:|" * len(shared),
@@ -72,10 +72,7 @@ def _header(label: str, others: Sequence[str]) -> str:
 
 
 def _cell(t: Tally) -> str:
-    wrong = f"**{t.kinds['wrong']} wrong**" if t.kinds["wrong"] else ""
-    refused = f"− {t.kinds['refused']}" if t.kinds["refused"] else ""
-    silent = f"({t.silent})" if t.silent else ""
-    return " ".join(part for part in (str(t.kinds["ok"] or "–"), refused, silent, wrong) if part)
+    return f"{t} ({t.silent})" if t.silent and not t.kinds["wrong"] else str(t)
 
 
 def _footnotes(records: Iterable[Record], shared: dict[str, list[str]]) -> list[str]:

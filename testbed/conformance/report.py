@@ -134,7 +134,7 @@ def _table(grid: dict[str, dict[str, str]], labels: list[str]) -> list[str]:
     return [*lines, rule, *body]
 
 
-COUNTS = "{:<28} {:>6} {:>7} {:>6} {:>7} {:>8} {:>6} {:>6}"
+COUNTS = "{:<27} {:>6} {:>7} {:>6} {:>7} {:>8} {:>6} {:>6}"
 
 
 def counts(records: Sequence[Record]) -> list[str]:
@@ -144,7 +144,7 @@ def counts(records: Sequence[Record]) -> list[str]:
     for label in labels:
         t = tally(r for r in records if r.label == label)
         numbers = (t.kinds["ok"], t.kinds["refused"], t.saved, t.silent, t.needless, t.kinds["wrong"], t.kinds["error"])
-        lines.append(COUNTS.format(label[:28], *numbers))
+        lines.append(COUNTS.format(label[:27], *numbers))
     note = (
         "saved: refused, and the library would return something wrong; silent: of these, something of the right form; "
         "needless: refused, and the library would be right (asked of each backend's own quantities)."

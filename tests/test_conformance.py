@@ -1,0 +1,203 @@
+"""The conformance matrix: no wrong cell, no refusal without need, every rule proven by a case that is wrong without it.
+
+The default run takes a representative part of the matrix; `pytest -m matrix` takes all of it.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from backends import backend_class, get_backend, reference
+from backends.base import QUANTITIES, Unavailable, Unsupported, guarded, unguarded
+from testbed.conformance import capabilities
+from testbed.conformance.case import Case
+from testbed.conformance.report import KINDS, row_of, unguarded_status
+from testbed.conformance.sweep import RULE, all_cases, choose_cells, row, sweep
+from testbed.problems import Problem
+from testbed.records import Record
+from testbed.referee import Referee
+
+README = Path(__file__).parent.parent / "backends" / "README.md"
+WHOLE_ROWS = ("Linear", "PReLU", "Embedding", "InstanceNorm1d", "GRU")  # of the table, run in every test run
+THIN = ("Linear", "Conv2d", "Embedding", "raw: a scalar", "tied: one weight in two modules", "unused: by some samples")
+
+# Refused though the library would be right, each with the reason why it cannot be told.
+NEEDLESS = {
+    ("opacus", "EmbeddingBag offsets, no token twice"): "whether a bag holds a token twice is known only with the data",
+}
+
+
+def representative() -> list[Case]:
+    """Return every layer's base case, every whole-model case, and some whole rows."""
+    return [c for c in all_cases() if not c.option or c.layer == "model" or c.layer in WHOLE_ROWS]
+
+
+def run(cases: Sequence[Case], quantities: Sequence[str] = ("grads",), **options: Any) -> list[Record]:
+    records: list[Record] = []
+    sweep(cases, choose_cells((), quantities), lambda record, _: records.append(record), **options)
+    return records
+
+
+@pytest.fixture(scope="module", params=["representative", pytest.param("all", marks=pytest.mark.matrix)])
+def grads(request: pytest.FixtureRequest) -> list[Record]:
+    return run(all_cases() if request.param == "all" else representative())
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(THIN, "representative"), pytest.param((None, "all"), marks=pytest.mark.matrix)],
+    ids=lambda p: p[1],
+)
+def others(request: pytest.FixtureRequest) -> list[Record]:
+    wanted = request.param[0]
+    return run([c for c in all_cases() if wanted is None or c.name in wanted], [q for q in QUANTITIES if q != "grads"])
+
+
+def described(records: Sequence[Record]) -> list[str]:
+    return [f"{r.label}, {r.quantity}, {r.problem['case']}: {r.reason}" for r in records]
+
+
+def of_kind(records: Sequence[Record], *kinds: str) -> list[str]:
+    return described([r for r in records if KINDS[r.status] in kinds])
+
+
+def test_no_cell_is_wrong_or_an_error(grads: list[Record]) -> None:
+    assert of_kind(grads, "wrong", "error") == []
+
+
+def test_no_cell_of_the_other_quantities_is_wrong_or_an_error(others: list[Record]) -> None:
+    assert of_kind(others, "wrong", "error") == []
+
+
+def test_other_quantities_are_right_where_grads_is(grads: list[Record], others: list[Record]) -> None:
+    right = {(r.label, r.problem["case"]) for r in grads if r.status == "ok"}
+    for r in others:
+        assert (r.status == "ok") == ((r.label, r.problem["case"]) in right), described([r])
+
+
+def test_what_is_refused_without_need_is_known(grads: list[Record]) -> None:
+    needless = [r for r in grads if unguarded_status(r) == "ok"]
+    assert described([r for r in needless if (r.label, r.problem["case"]) not in NEEDLESS]) == []
+
+
+def test_every_refusal_is_one_line_that_names_a_place(grads: list[Record]) -> None:
+    refused = [r for r in grads if r.status == "unsupported" and not r.reason.startswith("the problem: ")]
+    assert described([r for r in refused if "`" not in r.reason or "\n" in r.reason]) == []
+
+
+def test_the_reference_refuses_problems_only(grads: list[Record]) -> None:
+    mine = [r for r in grads if r.backend == reference() and r.status != "ok"]
+    assert described([r for r in mine if not r.reason.startswith("the problem: ")]) == []
+
+
+def test_the_capability_table_is_not_stale(grads: list[Record]) -> None:
+    table = capabilities.read(README)
+    made_with = capabilities.libraries(grads)
+    if any(f"{name} {version}" not in table for name, version in made_with.items()):
+        pytest.skip(f"the table was made with other versions than {made_with}")
+    everything = all_cases()
+    whole = {row_of(r) for r in grads}
+    sizes = {name: sum(row(c.layer, c.name) == name for c in everything) for name in whole}
+    found = {name: len({r.problem["case"] for r in grads if row_of(r) == name}) for name in whole}
+    mine = [r for r in grads if found[row_of(r)] == sizes[row_of(r)]]
+    now, then = capabilities.rows(capabilities.capabilities(mine)), capabilities.rows(table)
+    for name in {row_of(r) for r in mine} | {""}:
+        assert then.get(name) == now[name], "python -m testbed conformance --write-table backends/README.md"
+
+
+# (the rule, the backend's options, the case that proves it, words of the refusal). A rule that several libraries need
+# stands in backends/module_calls.py, else in the backend's file; its docstring names the case.
+HOOKS, FUNCTORCH, EW, BACKPACK = (
+    ("opacus", {}),
+    ("opacus", {"mode": "functorch"}),
+    ("opacus", {"mode": "ew"}),
+    ("backpack", {}),
+)
+MODULES, WATCHING = (HOOKS, FUNCTORCH, BACKPACK), (HOOKS, FUNCTORCH, EW, BACKPACK)
+RULES = [
+    *(
+        ("_outside", b, "functional: F.linear after the module", "outside the call")
+        for b in (HOOKS, FUNCTORCH, BACKPACK)
+    ),
+    *(("_outside", b, "functional: a penalty on the weight", "outside the call") for b in (HOOKS, FUNCTORCH, BACKPACK)),
+    ("_differentiated", EW, "mode: a double backward", "the forward pass takes a gradient"),
+    *(("_differentiated", b, "mode: a gradient in the forward", "takes a gradient") for b in (HOOKS, FUNCTORCH, EW)),
+    *(("_replaced", b, "functional: functional_call with other weights", "other weights") for b in (HOOKS, FUNCTORCH)),
+    *(("_altered", b, "module: a hook triples the output", "changes its output") for b in (HOOKS, BACKPACK)),
+    ("_altered", FUNCTORCH, "module: a hook triples the input", "changes its input"),
+    *(("_unseen", b, "module: an optional second tensor", "takes 2 tensor(s)") for b in (HOOKS, FUNCTORCH)),
+    *(("_unseen", b, "module: an optional tensor by keyword", "as keyword") for b in (HOOKS, FUNCTORCH)),
+    *(("_miscounted", b, "Linear sequence-first, T = N", "batch axes of [4, 4]") for b in WATCHING),
+    *(
+        ("_miscounted", b, "Linear called with batches of N and of 1", "batch axes of [1, 1]")
+        for b in (HOOKS, FUNCTORCH)
+    ),
+    *(("_strayed", b, "Linear samples reordered in the model", "takes row i to be sample i") for b in WATCHING),
+    *(("_strayed", b, "batch: samples sorted in the model", "takes row i to be sample i") for b in WATCHING),
+    *(("_strayed", b, "batch: samples shuffled at random in the model", "takes row i to be") for b in WATCHING),
+    ("_strayed", EW, "batch: packed sequences", "takes row i to be sample i"),
+    ("_refuse_repeated", BACKPACK, "tied: one weight in two modules", "is used by 2 module calls"),
+    ("_refuse_repeated", BACKPACK, "tied: one call detached", "is used by 2 module calls"),
+    *(("_pads_with_zeros", b, "Conv2d(padding_mode='reflect')", "would pad with zeros") for b in (HOOKS, BACKPACK)),
+    ("_trains_padding", HOOKS, "Embedding(padding_idx=0)", "the padding would get a gradient"),
+    ("_trains_padding", EW, "Embedding(padding_idx=0)", "the padding would get a gradient"),
+    ("_adds_equal_tokens_once", HOOKS, "EmbeddingBag offsets", "in a bag twice"),
+    ("_normalises_anew", EW, "InstanceNorm2d running statistics, in eval mode", "not the running ones"),
+    ("_refuse_strides", HOOKS, "input: channels_last", "would misread an input of strides"),
+    ("_refuse_strides", HOOKS, "input: channels last, permuted in the model", "would misread an input of strides"),
+    ("_refuse_hooked_twice", HOOKS, "tied: a module under two parents", "has several parents"),
+    ("_pads_its_own_way", BACKPACK, "Conv2d(padding='same')", "would not pad as the layer does"),
+]
+
+
+@pytest.mark.filterwarnings("ignore")  # a library's warning is no failure of it
+@pytest.mark.parametrize(
+    ("rule", "variant", "name", "words"), RULES, ids=lambda v: str(v) if isinstance(v, str) else v[0]
+)
+def test_each_rule_is_needed(rule: str, variant: tuple[str, dict[str, Any]], name: str, words: str) -> None:
+    backend, options = variant
+    try:
+        backend_class(backend).load()
+    except Unavailable as absence:
+        pytest.skip(str(absence))
+    setup = next(c for c in all_cases() if c.name == name).build()
+    args = (setup.inputs, setup.targets)
+    with pytest.raises(Unsupported, match=re.escape(words)):
+        get_backend(backend, **options).grads(setup.model, setup.loss_fn)(*args)
+    with unguarded(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(1)  # a permutation that moves every sample
+        result = get_backend(backend, **options).grads(setup.model, setup.loss_fn)(*args)
+    problem = Problem(setup.model, setup.loss_fn, *args, *args)
+    finding = Referee(problem, "grads", {}, RULE).same_function(result)
+    assert finding.status in ("disagrees", "nonfinite"), "the library is right without the rule"
+    assert finding.agreement is not None or finding.status == "nonfinite", "the form alone would show it"
+
+
+def docstrings_with_cases() -> Iterator[tuple[str, str]]:
+    """Yield the function and the case, for every case that a rule's docstring names."""
+    rule = re.compile(r'^def (\w+)\([^\n]*\n    """(Cases? ".*?)"""', re.DOTALL | re.MULTILINE)
+    for file in README.parent.glob("*.py"):
+        for name, text in rule.findall(file.read_text(encoding="utf-8")):
+            yield from ((name, case) for case in re.findall(r'"([^"]+)"', text))
+
+
+def test_every_case_that_a_rule_names_proves_it_here() -> None:
+    named = set(docstrings_with_cases())
+    assert len({rule for rule, _ in named}) >= 15
+    assert named - {(rule, case) for rule, _, case, _ in RULES} == set()
+
+
+def test_every_rule_here_says_which_case_proves_it() -> None:
+    named = {rule for rule, _ in docstrings_with_cases()}
+    assert {rule for rule, *_ in RULES} - named == set()
+
+
+def test_backends_are_guarded_unless_said_otherwise() -> None:
+    assert guarded()
+    with unguarded():
+        assert not guarded()
+    assert guarded()
