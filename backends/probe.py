@@ -20,7 +20,7 @@ from backends.batch import Batch, apply, call, size, take, tensors
 from backends.rows import Rows, RowsOf, batch_first, tensors_in
 from backends.running import kept_buffers
 
-SAMPLES = 3  # of two, a permutation may fix both; three are not fixed by reversing, rolling, halving or interleaving
+FORWARDS, BACKWARDS = 3, 4  # two sizes, since rolling by three samples, say, moves four but not three
 
 
 @dataclass(frozen=True)
@@ -222,11 +222,10 @@ def some(inputs: Batch) -> list[Batch]:
     """
     if size(inputs) == 1:
         return [inputs]
-    first = torch.arange(SAMPLES, device=tensors(inputs)[0].device) % size(inputs)
-    few = take(inputs, first)
+    few = take(inputs, torch.arange(BACKWARDS) % size(inputs))
     if all(torch.equal(t, t[:1].expand_as(t)) for t in tensors(few)):
         few = apply(_unequal, few)  # equal samples show no order
-    return [take(few, slice(0, 1)), few, apply(lambda t: t.flip(0), few)]
+    return [take(few, slice(0, 1)), take(few, slice(0, FORWARDS)), apply(lambda t: t.flip(0), few)]
 
 
 def _unequal(samples: Tensor) -> Tensor:

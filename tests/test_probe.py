@@ -18,6 +18,8 @@ MOVED: dict[str, Order] = {
     "reversed": lambda x: torch.arange(len(x)).flip(0),
     "rolled by one": lambda x: torch.arange(len(x)).roll(1),
     "rolled by two": lambda x: torch.arange(len(x)).roll(2),
+    "rolled by three": lambda x: torch.arange(len(x)).roll(3),
+    "rolled by four": lambda x: torch.arange(len(x)).roll(4),
     "halves swapped": lambda x: torch.arange(len(x)).roll(len(x) // 2),
     "the first two swapped": lambda x: torch.tensor([1, 0, *range(2, len(x))] if len(x) > 1 else [0]),
     "the last two swapped": lambda x: torch.tensor([*range(len(x) - 2), -1, -2] if len(x) > 1 else [0]) % len(x),
@@ -133,8 +135,8 @@ def test_few_samples_are_taken_in_order_and_backwards() -> None:
     one, few, backwards = some(inputs)
     assert torch.equal(one, inputs[:1])
     assert torch.equal(few, inputs[:3])
-    assert torch.equal(backwards, inputs[:3].flip(0))
-    assert [len(t) for t in some(inputs[:2])] == [1, 3, 3]
+    assert torch.equal(backwards, inputs[:4].flip(0))
+    assert [len(t) for t in some(inputs[:2])] == [1, 3, 4]
 
 
 def test_a_use_says_what_was_seen() -> None:
