@@ -18,6 +18,7 @@ import torch
 
 import testbed
 import testbed.__main__ as command_line
+import testbed.commands.run as run_command
 from backends import available
 from testbed.problems import DATA, LOSSES, MODELS, register_model
 from testbed.records import read_records
@@ -328,7 +329,7 @@ class TestRun:
         def fail(*_: object) -> None:
             raise ZeroDivisionError("our own")
 
-        monkeypatch.setattr(command_line, "run_experiment", fail)
+        monkeypatch.setattr(run_command, "run_experiment", fail)
         code, _, err = call(small)
         assert code == 3
         assert err.endswith("ZeroDivisionError: our own\n")

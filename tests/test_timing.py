@@ -76,7 +76,7 @@ def test_peak_memory_sees_what_a_call_takes() -> None:
     found = memory.peak(lambda: torch.ones(2**24), torch.device("cpu"))  # 64 MiB, touched
     if found["peak_bytes"] is None:
         pytest.skip("this system cannot reset the high-water mark")
-    assert 2**26 <= found["peak_bytes"] < 2**28
+    assert 0.95 * 2**26 <= found["peak_bytes"] < 2**28  # a few pages may have been resident before
 
 
 @pytest.mark.parametrize(
