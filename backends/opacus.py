@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.nn.utils._expanded_weights import ExpandedWeight
 
 from backends.base import (
     Backend,
@@ -83,7 +82,7 @@ class Opacus(Backend):
             for wrong in WRONG[self.mode] if guarded() else ():
                 if reason := wrong(module):
                     raise Unsupported(f"{describe(path, module, options=True)}: {reason}")
-            if guarded() and self.mode == "hooks" and type(module) is nn.Conv2d:
+            if guarded() and self.mode == "hooks" and type(module) is nn.Conv2d and module.weight.requires_grad:
                 module.register_forward_pre_hook(partial(_refuse_strides, describe(path, module)))
 
     def _hooked(self, model: nn.Module) -> Iterator[Hooked]:
@@ -174,6 +173,8 @@ def expanded(function: Any, args: Any, result: Any) -> tuple[list[Rows], list[Ro
     On the first axis of the first tensor; in recurrent layers where `batch_first` says; in packed sequences in the
     order that they were sorted in, which need not be the batch's.
     """
+    from torch.nn.utils._expanded_weights import ExpandedWeight  # private, so that only this mode depends on it
+
     if function not in ExpandedWeight.handled_functions and function not in RECURRENT:
         return [], []  # then it raises
     if function not in RECURRENT:

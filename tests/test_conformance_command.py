@@ -104,12 +104,21 @@ def test_a_backend_that_changes_the_caller_s_model_is_wrong(command: Any) -> Non
     }
 
 
-def test_where_the_problem_has_no_gradient_nobody_is_wrong(command: Any) -> None:
-    done = command("--plugin", PLANTED, "--layer", "mode: Dropout in training", "--verbose")
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ("mode: Dropout in training", "the problem: `a.1` (Dropout) is random"),
+        ("batch: divided by its size", "the problem: the model or its loss depends on how many samples are in a batch"),
+        ("BatchNorm2d in training mode", "the problem: `layer` (BatchNorm2d) in training mode mixes the samples"),
+        ("Embedding(max_norm=0.5)", "the problem: `layer` (Embedding(max_norm=0.5)) changes its weights"),
+    ],
+)
+def test_where_the_problem_has_no_gradient_nobody_is_wrong(command: Any, case: str, reason: str) -> None:
+    done = command("--plugin", PLANTED, "--layer", case, "--verbose")
     assert done.code == EXIT_OK
     assert done.statuses == {"unsupported"}
-    assert all(r.reason.startswith("the problem: `a.1` (Dropout) is random") for r in done.records)
-    assert "refused: naive, grads: mode: Dropout in training" in done.out
+    assert all(r.reason.startswith(reason) for r in done.records)
+    assert f"refused: naive, grads: {case}" in done.out
 
 
 def test_unguarded_shows_what_the_library_returns(command: Any) -> None:

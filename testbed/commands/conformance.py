@@ -72,7 +72,6 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigError(str(error)) from None
 
     folder = RunFolder.create(options.out or Path("runs") / f"conformance-{time.strftime('%Y%m%d-%H%M%S')}")
-    folder.describe(None, CPU)
     records: list[Record] = []
 
     def emit(record: Record, traceback: str) -> None:
@@ -83,6 +82,7 @@ def main(arguments: Sequence[str]) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the shapes are tiny: more threads only wait for each other
     try:
+        folder.describe(None, CPU)
         with progress() as shown:
             sweep(cases, cells, emit, shown, guarded=not options.unguarded)
     except KeyboardInterrupt:

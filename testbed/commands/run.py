@@ -28,6 +28,7 @@ other commands, each with its own --help:
   python -m testbed list [backends|models|data|losses|experiments]
   python -m testbed precision EXPERIMENT.yaml     errors sample by sample, in several dtypes
   python -m testbed calibrate                     the check's own error rates
+  python -m testbed conformance                   every layer and option of torch.nn × every backend
 
 exit codes: 0 as expected, 1 a backend is wrong, 2 usage, 3 a cell failed, 130 interrupted
 """
