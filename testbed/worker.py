@@ -9,7 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -90,8 +90,11 @@ class Worker:
             with _listening(outcome):
                 if self.rule.same_function and cls.float64:
                     self._ask_same_function(backend, outcome)
-                if outcome.status == "ok":
+                first = replace(outcome)
+                if outcome.status in ("ok", "disagrees"):  # the whole batch explains best what a few samples showed
                     self._ask_precision(cell, backend, outcome)
+                if first.status == "disagrees" and outcome.status == "ok":
+                    outcome.status, outcome.reason, outcome.diagnosis = first.status, first.reason, first.diagnosis
         except (Exception, SystemExit) as error:
             outcome.fail(error)
         self._blame_for_changes(outcome)

@@ -77,6 +77,15 @@ def test_planted_error_is_caught_and_named(all_wrong: Any, name: str) -> None:
     assert record.timing.get("ratio") is None, "a wrong result gets no speed-up"
 
 
+def test_a_batch_larger_than_question_1_takes_is_explained_by_its_own_size(tmp_path: Path) -> None:
+    """Question 1 looks at 16 samples; a backend that divides by N = 64 is 1/64 of the truth all the same."""
+    (tmp_path / "e.yaml").write_text(YAML.replace("batch_size: 6", "batch_size: 64") % "planted_averaged")
+    with kept_registries():
+        main([str(tmp_path / "e.yaml"), "--plugin", str(HERE / "planted.py"), "--out", str(tmp_path / "run")])
+    wrong = next(r for r in read_records(tmp_path / "run" / "results.jsonl") if r.status == "disagrees")
+    assert wrong.diagnosis.startswith("every gradient is 1/64 of the truth")
+
+
 def test_a_backend_that_exits_is_an_error_of_its_own(tmp_path: Path) -> None:
     code, records = run(tmp_path, "vmap, planted_exit")
     assert (records["exit"].status, records["vmap"].status, code) == ("error", "ok", 3)
