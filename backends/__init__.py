@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from backends.base import BACKENDS, Backend
+from backends.execution import executed
 from backends.registry import options_of
 
 ENTRY_POINTS = "testbed.backends"
@@ -52,7 +53,7 @@ def get_backend(name: str, **options: Any) -> Backend:  # noqa: ANN401  options 
         BadOption: It has no such option, or the option has the wrong type.
     """
     cls = backend_class(name)
-    return cls(**BACKENDS.check(name, options))
+    return executed(cls(**BACKENDS.check(name, options)))
 
 
 def variants() -> list[tuple[str, dict[str, Any]]]:

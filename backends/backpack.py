@@ -1,20 +1,25 @@
-"""BackPACK's BatchGrad (Dangel, Kunstner, Hennig 2020, https://backpack.pt): per-sample gradients by extended modules.
+"""BackPACK's first-order extensions (Dangel, Kunstner, Hennig 2020, https://backpack.pt), by extended modules.
 
-Only modules that own parameters are extended: first-order extensions need no others, so that functional activations
-and free-form `forward` methods work. A layer must be called once, positionally, with the batch first.
+`BatchGrad` for gradients, `BatchL2Grad` for norms, `Variance` for variances. Only modules that own parameters are
+extended: first-order extensions need no others, so that functional activations and free-form `forward` methods work.
+A layer must be called once, positionally, with the batch first.
 """
 
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from backends.base import (
     Backend,
+    Count,
     GradsFn,
     LossFn,
     Named,
+    TensorFn,
     Unsupported,
     describe,
     guarded,
@@ -23,50 +28,66 @@ from backends.base import (
     trainable,
 )
 from backends.batch import Batch, call, size
-from backends.module_calls import collect, pads_unlike_zeros, quiet_hooks, watcher
+from backends.module_calls import Shape, collect, pads_unlike_zeros, per_sample, quiet_hooks, watcher
 from backends.probe import Hooked
 from backends.running import library_call
+
+Wrong = Callable[[nn.Module], str | None]
+"""A layer -> why BackPACK would be silently wrong on it, or None; the case that proves it stands beside it."""
 
 
 @register("backpack", requires={"backpack": "backpack-for-pytorch"})
 @dataclass(frozen=True)
 class BackPack(Backend):
-    """`with backpack(BatchGrad()): loss.backward()`."""
+    """`with backpack(BatchGrad()): loss.backward()`.
+
+    Options:
+        subsampling: Samples whose gradients a backward pass takes out; there are as many passes as it needs.
+    """
+
+    subsampling: Count | None = None
 
     def grads(self, model: nn.Module, loss_fn: LossFn) -> GradsFn:
-        """Build the extended model; see the contract."""
-        from backpack import backpack, extend
+        """Build the extended model with BatchGrad; see the contract."""
         from backpack.extensions import BatchGrad
 
-        watching = watcher("BackPACK", model, _hooked)
-        original, model = model, own_copy(model)
-        parameters = trainable(model)
-        _refuse_options(model)
-        for h in _hooked(model):
-            extend(h.module)
+        run = _extended(model, loss_fn, "grad_batch")
 
         def fn(inputs: Batch, targets: Tensor) -> Named:
-            with watching(inputs) as new:
-                with quiet_hooks(), library_call(original, model, loss_fn, inputs, targets), backpack(BatchGrad()):
-                    # an unknown layer is a warning there and a refusal here, in `collect`
-                    warnings.filterwarnings("ignore", message="Extension saving to grad_batch")
-                    torch.autograd.backward(loss_fn(call(model, inputs), targets).sum())
-                return collect("BackPACK", parameters, "grad_batch", size(inputs), verify=new)
+            n = size(inputs)
+            if self.subsampling is None or self.subsampling >= n:
+                return run(inputs, targets, [BatchGrad()], [n])[0]
+            some = [list(range(i, min(i + self.subsampling, n))) for i in range(0, n, self.subsampling)]
+            parts = run(inputs, targets, [BatchGrad(subsampling=s) for s in some], [len(s) for s in some])
+            return {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}
 
         return fn
 
+    def norms(self, model: nn.Module, loss_fn: LossFn) -> TensorFn:
+        """Build the extended model with BatchL2Grad: the squared norm of each parameter's gradient."""
+        from backpack.extensions import BatchL2Grad
 
-def _hooked(model: nn.Module) -> list[Hooked]:
-    return [Hooked(m) for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
+        rules = (_pads_with_zeros, _adds_up_groups)
+        run = _extended(model, loss_fn, "batch_l2", lambda n, p: (n,), rules)
 
+        def fn(inputs: Batch, targets: Tensor) -> Tensor:
+            (squares,) = run(inputs, targets, [BatchL2Grad()], [size(inputs)])
+            return torch.stack(list(squares.values())).sum(0).sqrt()
 
-def _refuse_options(model: nn.Module) -> None:
-    """Refuse the layer options that BackPACK does not look at."""
-    for path, module in model.named_modules():
-        if any(p.requires_grad for p in module.parameters(recurse=False)):
-            for wrong in (_pads_with_zeros, _pads_its_own_way):
-                if guarded() and (reason := wrong(module)):
-                    raise Unsupported(f"{describe(path, module, options=True)}: {reason}")
+        return fn
+
+    def variance(self, model: nn.Module, loss_fn: LossFn) -> GradsFn:
+        """Build the extended model with Variance: mean square minus squared mean, which cancels where they are near."""
+        from backpack.extensions import Variance
+
+        run = _extended(model, loss_fn, "variance", lambda n, p: tuple(p.shape))
+
+        def fn(inputs: Batch, targets: Tensor) -> Named:
+            (found,) = run(inputs, targets, [Variance()], [size(inputs)])
+            # case "input: N = 1": one sample's variance is zero, the formula leaves rounding
+            return found if size(inputs) > 1 else {name: torch.zeros_like(t) for name, t in found.items()}
+
+        return fn
 
 
 def _pads_with_zeros(layer: nn.Module) -> str | None:
@@ -78,3 +99,61 @@ def _pads_its_own_way(layer: nn.Module) -> str | None:
     """Case "Conv2d(padding='same')"."""
     same = getattr(layer, "padding", None) == "same" and layer.weight.requires_grad
     return "BackPACK's rule would not pad as the layer does; give the padding as numbers" if same else None
+
+
+def _adds_up_groups(layer: nn.Module) -> str | None:
+    """Case "Conv2d(groups=2)", in norms."""
+    grouped = getattr(layer, "groups", 1) > 1 and layer.weight.requires_grad
+    return "BackPACK's norms would be those of an ungrouped convolution; derive them from grads" if grouped else None
+
+
+RULES: tuple[Wrong, ...] = (_pads_with_zeros, _pads_its_own_way)
+
+
+Run = Callable[[Batch, Tensor, Sequence[Any], Sequence[int]], list[Named]]
+"""(inputs, targets, extensions, how many samples each is for) -> their results: one forward, a backward for each."""
+
+
+def _extended(
+    model: nn.Module, loss_fn: LossFn, attribute: str, shape: Shape = per_sample, rules: Sequence[Wrong] = RULES
+) -> Run:
+    """Return the function that runs an extended copy of the model, and takes its results off the parameters."""
+    from backpack import backpack, extend
+
+    watching = watcher("BackPACK", model, _hooked)
+    original, model = model, own_copy(model)
+    parameters = trainable(model)
+    _refuse_options(model, rules)
+    for h in _hooked(model):
+        extend(h.module)
+
+    def run(inputs: Batch, targets: Tensor, extensions: Sequence[Any], samples: Sequence[int]) -> list[Named]:
+        results: list[Named] = []
+        loss = torch.empty(0)
+        with watching(inputs) as new:
+            for extension, n in zip(extensions, samples, strict=True):
+                more = len(results) + 1 < len(extensions)
+                with quiet_hooks(), library_call(original, model, loss_fn, inputs, targets):
+                    # an unknown layer is a warning there and a refusal here, in `collect`
+                    warnings.filterwarnings("ignore", message="Extension saving to")
+                    loss = loss if results else loss_fn(call(model, inputs), targets).sum()
+                    with backpack(extension, retain_graph=more):
+                        torch.autograd.backward(loss, retain_graph=more)
+                whole = attribute == "grad_batch" and len(extensions) == 1
+                results.append(collect("BackPACK", parameters, attribute, n, shape=shape, verify=new and whole))
+        return results
+
+    return run
+
+
+def _hooked(model: nn.Module) -> list[Hooked]:
+    return [Hooked(m) for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
+
+
+def _refuse_options(model: nn.Module, rules: Sequence[Wrong]) -> None:
+    """Refuse the layer options that BackPACK does not look at."""
+    for path, module in model.named_modules():
+        if any(p.requires_grad for p in module.parameters(recurse=False)):
+            for wrong in rules:
+                if guarded() and (reason := wrong(module)):
+                    raise Unsupported(f"{describe(path, module, options=True)}: {reason}")

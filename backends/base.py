@@ -20,14 +20,19 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, TypeAlias, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeAlias, TypeVar
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from backends.batch import Batch
-from backends.refusals import Unavailable as Unavailable  # a backend's file finds all of its contract here
+from backends import derived
+from backends.derived import GradsFn as GradsFn  # a backend's file finds all of its contract here
+from backends.derived import Named as Named
+from backends.derived import TensorFn as TensorFn
+from backends.derived import clip_factors as clip_factors
+from backends.derived import norms_of as norms_of
+from backends.derived import rows_of as rows_of
+from backends.refusals import Unavailable as Unavailable
 from backends.refusals import Unsupported as Unsupported
 from backends.refusals import describe as describe
 from backends.refusals import first_line as first_line
@@ -40,21 +45,14 @@ from backends.registry import Registry
 LossFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """(outputs [N, ...], targets [N, ...]) -> losses [N]: one loss a sample, never reduced over samples."""
 
-Named: TypeAlias = dict[str, Tensor]
-"""A tensor for each trainable parameter, by its `named_parameters()` name."""
-
-GradsFn: TypeAlias = Callable[[Batch, Tensor], Named]
-"""(inputs, targets) -> {name: [N, *parameter.shape]}."""
-
-TensorFn: TypeAlias = Callable[[Batch, Tensor], Tensor]
-"""(inputs, targets) -> one tensor."""
-
 Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(gt=0)]
 
 QUANTITIES = ("grads", "norms", "clipped_sum", "variance", "gram")
+MODES = ("chunk_size", "compile", "cuda_graph", "autocast")  # how any backend may be run: `execution.py`
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Backend(ABC):
     """One way to compute per-sample gradients.
 
@@ -63,12 +61,30 @@ class Backend(ABC):
 
     Results are detached, on the model's device and in the parameters' dtype. The caller's model, its `.grad`, hooks,
     buffers and the global random state stay as they were; in-place updates of its parameters are seen by later calls.
+
+    Options that every backend has (`get_backend` sees to all but `chunk_bytes`):
+
+    Options:
+        chunk_size: Samples at a time. None: all that `chunk_bytes` allows, or all at once in a native way.
+        chunk_bytes: The most bytes of per-sample gradients that a derived quantity holds at a time. None: 32 MiB on a
+            CPU, where larger blocks are fresh memory at every call; an eighth of a GPU's memory.
+        compile: Run through `torch.compile`.
+        cuda_graph: Record the call once for each form of input, and replay it (CUDA only).
+        autocast: Compute under `torch.autocast` in this dtype.
     """
 
     name: ClassVar[str]
     requires: ClassVar[Mapping[str, str]]  # import name -> what `pip install` calls it
     reference: ClassVar[bool] = False  # the backend that others are compared with; one is
     float64: ClassVar[bool] = True  # False: no float64 path, "the same function?" cannot be asked
+    quantities: ClassVar[tuple[str, ...]] = QUANTITIES  # what it computes at all; it refuses the others
+    own_modes: ClassVar[frozenset[str]] = frozenset()  # of MODES, those that the class sees to by itself
+
+    chunk_size: Count | None = None
+    chunk_bytes: Count | None = None
+    compile: bool = False
+    cuda_graph: bool = False
+    autocast: Literal["bfloat16", "float16"] | None = None
 
     @abstractmethod
     def grads(self, model: nn.Module, loss_fn: LossFn) -> GradsFn:
@@ -76,34 +92,29 @@ class Backend(ABC):
 
     def norms(self, model: nn.Module, loss_fn: LossFn) -> TensorFn:
         """Build the function for ‖g_i‖₂ over all trainable parameters together: [N]."""
-        grads = self.grads(model, loss_fn)
-        return lambda inputs, targets: norms_of(grads(inputs, targets))
+        return derived.norms(self.grads(model, loss_fn), self.at_a_time(model))
 
     def clipped_sum(self, model: nn.Module, loss_fn: LossFn, *, max_norm: Positive = 1.0) -> GradsFn:
         """Build the function for Σ_i min(1, C/‖g_i‖) g_i, flat clipping (Abadi et al. 2016): {name: [*shape]}."""
-        grads = self.grads(model, loss_fn)
-
-        def fn(inputs: Batch, targets: Tensor) -> Named:
-            g = grads(inputs, targets)
-            factors = clip_factors(norms_of(g), max_norm)
-            return {name: torch.einsum("n,n...->...", factors.to(t.dtype), t) for name, t in g.items()}
-
-        return fn
+        return derived.clipped_sum(self.grads(model, loss_fn), self.at_a_time(model), max_norm)
 
     def variance(self, model: nn.Module, loss_fn: LossFn) -> GradsFn:
         """Build the function for the elementwise 1/N Σ (g_i − ḡ)²: {name: [*shape]}."""
-        grads = self.grads(model, loss_fn)
-        return lambda inputs, targets: {k: t.var(0, correction=0) for k, t in grads(inputs, targets).items()}
+        return derived.variance(self.grads(model, loss_fn), self.at_a_time(model))
 
     def gram(self, model: nn.Module, loss_fn: LossFn) -> TensorFn:
         """Build the function for ⟨g_i, g_j⟩ (gradient similarity, empirical NTK): [N, N]."""
-        grads = self.grads(model, loss_fn)
+        return derived.gram(self.grads(model, loss_fn), self.at_a_time(model), self._held(model))
 
-        def fn(inputs: Batch, targets: Tensor) -> Tensor:
-            rows = [rows_of(t) for t in grads(inputs, targets).values()]
-            return torch.stack([r @ r.T for r in rows]).sum(0)
+    def at_a_time(self, model: nn.Module) -> int:
+        """Return how many samples a derived quantity takes at a time."""
+        return min(self.chunk_size or self._held(model), self._held(model))
 
-        return fn
+    def _held(self, model: nn.Module) -> int:
+        """Return how many samples' gradients `chunk_bytes` allows; one at least."""
+        parameters = list(trainable(model).values())
+        a_sample = sum(p.numel() * p.element_size() for p in parameters) or 1
+        return max(1, (self.chunk_bytes or derived.default_bytes(parameters)) // a_sample)
 
     @classmethod
     def load(cls) -> None:
@@ -147,24 +158,6 @@ def register(name: str, *, requires: Mapping[str, str] | None = None) -> Callabl
         return cls
 
     return decorate
-
-
-def rows_of(grads: Tensor) -> Tensor:
-    """Return per-sample gradients [N, *shape] as rows [N, numbers]; a scalar parameter's have one number each."""
-    return grads.flatten(1) if grads.dim() > 1 else grads[:, None]
-
-
-def norms_of(grads: Named) -> Tensor:
-    """Return ‖g_i‖₂ [N] of per-sample gradients; half precision is summed in float32."""
-    some = next(iter(grads.values()))
-    wide = torch.promote_types(some.dtype, torch.float32)
-    squares = [torch.linalg.vector_norm(rows_of(t), dim=1, dtype=wide).square() for t in grads.values()]
-    return torch.stack(squares).sum(0).sqrt().to(some.dtype)
-
-
-def clip_factors(norms: Tensor, max_norm: float) -> Tensor:
-    """Return min(1, C/‖g_i‖) [N]; a zero gradient has factor 1, a nonfinite norm a nonfinite or zero factor."""
-    return (max_norm / norms).clamp(max=1.0)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -3,7 +3,7 @@
 Opacus and BackPACK combine what goes into a layer with the gradient of what comes out. That is right only if each
 trainable parameter is used where the library looks, and if row i of what goes in and out is sample i. A few tiny
 passes of a plain copy (`probe.py`) show whether it is so; `watcher` turns a "no" into a refusal with the place, and
-`collect` takes the results off the parameters and holds their sum against the batch gradient.
+`collect` takes the results off the parameters, and holds the sum of gradients against the batch gradient.
 """
 
 import warnings
@@ -30,7 +30,7 @@ def watcher(
     hooked: Callable[[nn.Module], Iterable[Hooked]] = lambda model: (),
     *,
     functions: RowsOf | None = None,
-    repeats: bool = False,
+    repeats: Callable[[nn.Module], bool] = lambda module: False,
 ) -> Callable[[Batch], AbstractContextManager[bool]]:
     """Build the check that refuses a model which a library would get wrong.
 
@@ -40,7 +40,7 @@ def watcher(
         hooked: The modules that the library hooks in a model.
         functions: Where the library takes the samples to be in functions called outside of hooked modules; None if it
             does not see those.
-        repeats: Whether it adds up the uses of a parameter by several calls.
+        repeats: Whether it adds up the uses of a parameter by several calls of such a module.
 
     Returns:
         A function of the inputs that raises `Unsupported` with the module path, or the parameter's name, and the
@@ -76,8 +76,7 @@ def watcher(
             found = uses(plain, by_path, few, sample, functions or batch_first)
             for reason in (reason for use in found for rule in rules if (reason := rule(library, use))):
                 raise Unsupported(reason)
-            if not repeats:
-                _refuse_repeated(library, found)
+            _refuse_repeated(library, found, repeats)
 
     return watching
 
@@ -163,16 +162,16 @@ def _strayed(library: str, use: Use) -> str | None:
     )
 
 
-def _refuse_repeated(library: str, found: Iterable[Use]) -> None:
+def _refuse_repeated(library: str, found: Iterable[Use], repeats: Callable[[nn.Module], bool]) -> None:
     """Cases "tied: one weight in two modules", "tied: one call detached"."""
-    users: dict[str, list[str]] = defaultdict(list)
+    users: dict[str, list[Use]] = defaultdict(list)
     for use in found:
         for name in use.parameters:
-            users[name].append(use.by)
+            users[name].append(use)
     for name, by in users.items():
-        if len(by) > 1:
+        if len(by) > 1 and any(use.hooked and not repeats(use.hooked.module) for use in by):
             raise Unsupported(
-                f"parameter `{name}` is used by {len(by)} module calls ({', '.join(by)}); "
+                f"parameter `{name}` is used by {len(by)} module calls ({', '.join(use.by for use in by)}); "
                 f"{library} would keep only one of the uses"
             )
 
@@ -195,49 +194,59 @@ def quiet_hooks() -> Iterator[None]:
         yield
 
 
+Shape = Callable[[int, nn.Parameter], tuple[int, ...]]
+"""(N, parameter) -> the shape of what a library leaves on it."""
+
+
+def per_sample(samples: int, parameter: nn.Parameter) -> tuple[int, ...]:
+    """Return the shape of a parameter's per-sample gradients."""
+    return (samples, *parameter.shape)
+
+
 def collect(
     library: str,
     parameters: Mapping[str, nn.Parameter],
     attribute: str,
     samples: int,
     *,
-    verify: bool,
+    shape: Shape = per_sample,
+    verify: bool = False,
     totals: Named | None = None,
 ) -> Named:
-    """Take per-sample gradients off the parameters, after `backward()`.
+    """Take what a library left on the parameters off them, after `backward()`: per-sample gradients, or their like.
 
     Args:
         library: The library's name, for the reason.
         parameters: The parameters, by name.
-        attribute: Where the library left the per-sample gradients.
+        attribute: Where the library left its result.
         samples: N.
+        shape: The result's shape.
         verify: Check that they sum to the batch gradient.
         totals: The batch gradient, where the library's `backward()` does not leave it in `.grad`.
 
     Returns:
-        {name: [N, *shape]}; zeros where the loss does not depend on the parameter.
+        {name: result}; zeros where the loss does not depend on the parameter.
 
     Raises:
-        Unsupported: The library left no per-sample gradient, or a wrong one.
+        Unsupported: The library left no result, or a wrong one.
     """
     result = {}
     for name, p in parameters.items():
-        grads = getattr(p, attribute, None)
-        if grads is None and (p.grad is None or not p.grad.any()):
-            grads = p.new_zeros(samples, *p.shape)
-        if not isinstance(grads, Tensor):
+        found = getattr(p, attribute, None)
+        if found is None and (p.grad is None or not p.grad.any()):
+            found = p.new_zeros(shape(samples, p))
+        if not isinstance(found, Tensor):
             raise Unsupported(f"parameter `{name}`: {library} computes no per-sample gradient for it here")
-        if guarded() and grads.shape != (samples, *p.shape):
+        if guarded() and found.shape != shape(samples, p):
             # case "AdaptiveLogSoftmaxWithLoss", where it depends on the targets how many rows a layer sees
-            shapes = f"shape {list(grads.shape)}, not {[samples, *p.shape]}"
+            shapes = f"shape {list(found.shape)}, not {list(shape(samples, p))}"
             raise Unsupported(f"parameter `{name}`: {library}'s per-sample gradient has {shapes}")
         total = p.grad if totals is None else totals[name]
-        if verify and not _sums_to(grads, torch.zeros_like(p) if total is None else total):
+        if verify and not _sums_to(found, torch.zeros_like(p) if total is None else total):
             raise Unsupported(f"parameter `{name}`: {library}'s per-sample gradients do not sum to the batch gradient")
-        if hasattr(p, attribute):
-            delattr(p, attribute)
+        vars(p).pop(attribute, None)
         p.grad = None
-        result[name] = grads.detach()
+        result[name] = found.detach()
     return result
 
 

@@ -17,7 +17,10 @@ from backends.running import kept_buffers, kept_random_state
 @register("naive")
 @dataclass(frozen=True)
 class Naive(Backend):
-    """Ordinary autograd on batches of one; supports whatever autograd does."""
+    """Ordinary autograd on batches of one; supports whatever autograd does.
+
+    What is derived from the gradients is accumulated sample by sample: the memory is that of one sample.
+    """
 
     reference: ClassVar[bool] = True
 
@@ -40,3 +43,7 @@ class Naive(Backend):
             return {name: torch.stack(column) for name, column in zip(parameters, zip(*rows, strict=True), strict=True)}
 
         return fn
+
+    def at_a_time(self, model: nn.Module) -> int:
+        """Return one: a chunk of samples would be the same loop with more memory."""
+        return 1

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from backends.base import LossFn, Named, Unsupported, describe, first_line, own_copy, trainable
 from backends.batch import Batch, call, take
+from backends.graphs import recording
 
 
 @contextmanager
@@ -26,6 +27,9 @@ def kept_buffers(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def kept_random_state(model: nn.Module) -> Iterator[None]:
     """Give the global random state of the CPU and of the model's devices back at the end."""
+    if recording():  # a graph has no host that could; `cuda_graph` warms up outside of it
+        yield
+        return
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     with torch.random.fork_rng(devices):
         yield

@@ -2,17 +2,22 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from backends import backend_class, get_backend, variants
+from backends import available, backend_class, get_backend, variants
 from backends.base import QUANTITIES, Backend, Unavailable, Unsupported, own_copy, trainable
 from backends.batch import apply, call, size, take
+from backends.rows import tensors_in
+from testbed.agreement import Calibrated, as_rows, distance
 from testbed.integrity import Snapshot
+from testbed.problems import Problem
+from testbed.referee import Referee
 from tests.asserts import assert_close, assert_form
-from tests.cases import Case, cases
+from tests.cases import DEVICE, Case, cases
 from tests.conftest import truth
 
 CASES = cases()
@@ -22,10 +27,7 @@ Run = Callable[..., Any]
 @pytest.fixture(params=variants(), ids=lambda v: f"{v[0]}{v[1] or ''}")
 def backend(request: pytest.FixtureRequest) -> Backend:
     name, options = request.param
-    try:
-        backend_class(name).load()
-    except Unavailable as absence:
-        pytest.skip(str(absence))
+    loaded(name)
     return get_backend(name, **options)
 
 
@@ -41,6 +43,22 @@ def test_grads_have_the_contracts_form(backend: Backend, case: Case, run: Run) -
 @pytest.mark.parametrize("quantity", QUANTITIES)
 def test_quantity_equals_the_reference(backend: Backend, case: Case, quantity: str, run: Run) -> None:
     assert_close(run(backend, case, quantity), truth(case.name, quantity))
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_the_reference_follows_the_definitions(case: Case, quantity: str) -> None:
+    grads = truth(case.name, "grads")
+    flat = torch.cat([g.reshape(size(case.inputs), -1) for g in grads.values()], 1)
+    norms = flat.square().sum(1).sqrt()
+    factors = torch.where(norms > 1, 1 / norms, 1.0)
+    expected = {
+        "grads": grads,
+        "norms": norms,
+        "clipped_sum": {k: torch.tensordot(factors, g, 1) for k, g in grads.items()},
+        "variance": {k: (g - g.mean(0)).square().mean(0) for k, g in grads.items()},
+        "gram": flat @ flat.T,
+    }
+    assert_close(truth(case.name, quantity), expected[quantity])
 
 
 def test_caller_finds_everything_as_it_was(backend: Backend, case: Case, run: Run) -> None:
@@ -98,33 +116,58 @@ def get_fn(backend: Backend, case: Case) -> Callable[..., Any]:
     return backend.grads(case.model, case.loss_fn)
 
 
+def some(backend: Backend, case: Case) -> tuple[str, Callable[..., Any]]:
+    """Return the first quantity that a backend computes, and its function."""
+    quantity = backend.quantities[0]
+    return quantity, getattr(backend, quantity)(case.model, case.loss_fn)
+
+
+def named(name: str) -> Case:
+    """Return a case, made anew."""
+    return next(c for c in cases() if c.name == name)
+
+
 def test_optimizer_steps_are_seen(backend: Backend) -> None:
-    case = next(c for c in cases() if c.name == "mlp")
-    fn = get_fn(backend, case)
+    case = named("mlp")
+    quantity, fn = some(backend, case)
     fn(case.inputs, case.targets)
     with torch.no_grad():
         for p in case.model.parameters():
             p.mul_(0.5)
-    assert_close(fn(case.inputs, case.targets), get_fn(get_backend("naive"), case)(case.inputs, case.targets))
+    truth = getattr(get_backend("naive"), quantity)(case.model, case.loss_fn)(case.inputs, case.targets)
+    assert_close(fn(case.inputs, case.targets), truth)
 
 
 def test_works_where_the_caller_has_switched_gradients_off(backend: Backend) -> None:
-    case = next(c for c in CASES if c.name == "mlp")
+    case = named("mlp")
     with torch.no_grad():
-        grads = get_fn(backend, case)(case.inputs, case.targets)
-    assert_close(grads, truth("mlp", "grads"))
+        quantity, fn = some(backend, case)
+        result = fn(case.inputs, case.targets)
+    assert_close(result, truth("mlp", quantity))
 
 
-def test_float32_stays_float32(backend: Backend) -> None:
-    case = next(c for c in CASES if c.name == "mlp")
-    model = copy.deepcopy(case.model).float()
-    grads = backend.grads(model, case.loss_fn)(case.inputs.float(), case.targets)
-    assert {g.dtype for g in grads.values()} == {torch.float32}
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_float32_stays_float32(backend: Backend, quantity: str, run: Run) -> None:
+    case = named("mlp")
+    narrow = replace(case, model=copy.deepcopy(case.model).float(), inputs=case.inputs.float())
+    assert {t.dtype for t in tensors_in(run(backend, narrow, quantity))} == {torch.float32}
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_other_batches_follow_in_the_same_function(backend: Backend, quantity: str, run: Run) -> None:
+    case = named("tutorial")
+    few = [take(case.inputs, slice(0, n)) for n in (3, 2, 3)]
+    run(backend, case, quantity)
+    fn = getattr(backend, quantity)(case.model, case.loss_fn)
+    expected = getattr(get_backend("naive"), quantity)(case.model, case.loss_fn)
+    for inputs in few:
+        targets = case.targets[: size(inputs)]
+        assert_close(fn(inputs, targets), expected(inputs, targets))
 
 
 @pytest.mark.parametrize("factor", [1e-6, 1.0, 1e6])
-def test_clipped_sum_follows_its_definition(backend: Backend, factor: float) -> None:
-    case = next(c for c in CASES if c.name == "dead sample")  # one gradient is zero
+def test_clipped_sum_follows_its_definition(backend: Backend, factor: float, run: Run) -> None:
+    case = named("dead sample")  # one gradient is zero
     grads = truth(case.name, "grads")
     norms = torch.cat([g.flatten(1) for g in grads.values()], 1).norm(dim=1)
     limit = float(norms.median()) * factor
@@ -132,15 +175,94 @@ def test_clipped_sum_follows_its_definition(backend: Backend, factor: float) -> 
         name: sum(g[i] * (min(1.0, limit / float(norms[i])) if norms[i] else 1.0) for i in range(len(norms)))
         for name, g in grads.items()
     }
-    assert_close(backend.clipped_sum(case.model, case.loss_fn, max_norm=limit)(case.inputs, case.targets), expected)
+    assert_close(run(backend, case, "clipped_sum", max_norm=limit), expected)
 
 
-def test_nonfinite_gradient_is_not_hidden_by_clipping(backend: Backend) -> None:
-    case = next(c for c in CASES if c.name == "mlp")
+@pytest.mark.parametrize("quantity", ["norms", "clipped_sum"])
+def test_nonfinite_gradient_is_not_hidden(backend: Backend, quantity: str, run: Run) -> None:
+    case = named("mlp")
     inputs = case.inputs.clone()
     inputs[1] = torch.nan
-    clipped = backend.clipped_sum(case.model, case.loss_fn, max_norm=1.0)(inputs, case.targets)
-    assert any(t.isnan().any() for t in clipped.values())
+    found = tensors_in(run(backend, replace(case, inputs=inputs), quantity))
+    assert any(t.isnan().any() for t in found)
+
+
+@pytest.mark.parametrize("quantity", ["norms", "clipped_sum"])
+def test_norms_that_cancel_are_right_or_found_out(backend: Backend, quantity: str) -> None:
+    """Activations near a constant, output gradients of mean zero: ⟨aaᵀ, ggᵀ⟩ cancels, and clamped means unclipped."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(64, 64, bias=False).to(DEVICE)
+        inputs, signs = 10 + 1e-3 * torch.randn(4, 512, 64), torch.randn(4, 512, 64)
+    inputs, signs = inputs.to(DEVICE), (signs - signs.mean(1, keepdim=True)).to(DEVICE)
+    problem = Problem(model, lambda o, t: (o * t).flatten(1).sum(1), inputs, signs, inputs, signs)
+    referee = Referee(problem, quantity, {}, Calibrated())
+    try:
+        result = getattr(backend, quantity)(model, problem.loss_fn)(inputs, signs)
+    except Unsupported:
+        return
+    rows, right = (as_rows(r, quantity) for r in (result, referee.truth()))
+    off = max(float(distance(rows, right)[:, i].max() / right[k].norm()) for i, k in enumerate(right))
+    assert off < 0.05 or referee.precision(result).status != "ok", f"off by {off:.1e}, and not found out"
+
+
+def loaded(name: str) -> None:
+    """Skip the test where the backend's library is not installed."""
+    try:
+        backend_class(name).load()
+    except Unavailable as absence:
+        pytest.skip(str(absence))
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
+@pytest.mark.parametrize("options", [{"chunk_size": 2}, {"chunk_bytes": 1}], ids=str)
+@pytest.mark.parametrize("name", available())
+def test_chunks_change_nothing(name: str, options: dict[str, int], quantity: str, run: Run) -> None:
+    loaded(name)
+    case = replace(named("dead sample"), may_refuse=True)  # what a library computes whole cannot be merged
+    assert_close(run(get_backend(name, **options), case, quantity), truth(case.name, quantity))
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
+@pytest.mark.parametrize("name", available())
+def test_autocast_is_near_the_reference_under_autocast(name: str, quantity: str, run: Run) -> None:
+    loaded(name)
+    case = named("tutorial")
+    narrow = replace(case, model=copy.deepcopy(case.model).float(), inputs=case.inputs.float(), may_refuse=True)
+    result = run(get_backend(name, autocast="bfloat16"), narrow, quantity)
+    expected = run(get_backend("naive", autocast="bfloat16"), narrow, quantity)
+    assert {t.dtype for t in tensors_in(result)} == {torch.float32}
+    for a, b in zip(tensors_in(result), tensors_in(expected), strict=True):
+        assert (a - b).norm() <= 0.1 * b.norm()
+
+
+def test_a_compiled_transform_is_the_same_function() -> None:
+    case = named("mlp")
+    for quantity in ("grads", "norms"):
+        fn = getattr(get_backend("vmap", compile=True), quantity)(case.model, case.loss_fn)
+        assert_close(fn(case.inputs, case.targets), truth("mlp", quantity))
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="there a CUDA graph is recorded")
+@pytest.mark.parametrize("name", available())
+def test_a_cuda_graph_without_cuda_is_refused(name: str) -> None:
+    loaded(name)
+    with pytest.raises(Unsupported, match=r"`model` \(cuda_graph=True\): it is on cpu"):
+        some(get_backend(name, cuda_graph=True), named("mlp"))
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs need CUDA")
+@pytest.mark.parametrize("name", available())
+def test_a_cuda_graph_replays_the_same_function(name: str) -> None:
+    loaded(name)
+    case = named("mlp")
+    try:
+        quantity, fn = some(get_backend(name, cuda_graph=True), case)
+        first = fn(case.inputs, case.targets)
+    except Unsupported as refusal:
+        pytest.skip(str(refusal))
+    fn(case.inputs.flip(0), case.targets)
+    assert_close(first, truth("mlp", quantity))
 
 
 TRAPS = {
@@ -160,7 +282,7 @@ TRAPS = {
 def test_what_has_no_gradient_is_refused_with_the_place(backend: Backend, trap: str) -> None:
     model, place = TRAPS[trap]
     with pytest.raises(Unsupported) as refusal:
-        backend.grads(model, lambda o, t: o.sum(1))(torch.ones(3, 5), torch.ones(3))
+        getattr(backend, backend.quantities[0])(model, lambda o, t: o.sum(1))(torch.ones(3, 5), torch.ones(3))
     assert place in str(refusal.value)
     assert "\n" not in str(refusal.value)
 

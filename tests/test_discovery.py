@@ -53,12 +53,12 @@ def test_native_is_what_a_backend_defines() -> None:
         (
             "vmap",
             {"chunk": 3},
-            "backend 'vmap' has no option 'chunk' (did you mean 'chunk_size'?); options: chunk_size",
+            "backend 'vmap' has no option 'chunk' (did you mean 'chunk_size'?); options: randomness, chunk_size, ",
         ),
         ("vmap", {"chunk_size": 0}, "backend 'vmap', option 'chunk_size': should be greater than 0, found 0"),
         ("vmap", {"chunk_size": "3"}, "option 'chunk_size': should be a whole number, found '3'"),
         ("opacus", {"mode": "hook"}, "option 'mode': should be 'hooks', 'functorch' or 'ew', found 'hook'"),
-        ("naive", {"mode": 1}, "backend 'naive' has no option 'mode'; it has none"),
+        ("naive", {"mode": 1}, "backend 'naive' has no option 'mode'; options: chunk_size, "),
     ],
 )
 def test_a_wrong_name_or_option_says_what_is_allowed(name: str, options: dict[str, object], sentence: str) -> None:

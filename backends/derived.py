@@ -1,0 +1,171 @@
+"""What is derived from per-sample gradients, a few samples at a time: N × parameters is never held.
+
+Each function takes `grads`, which returns {name: [k, *shape]} for k samples, and returns the function of the whole
+batch. Half precision is accumulated in float32.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from math import ceil
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from backends.batch import Batch, size, take
+
+Named: TypeAlias = dict[str, Tensor]
+"""A tensor for each trainable parameter, by its `named_parameters()` name."""
+
+GradsFn: TypeAlias = Callable[[Batch, Tensor], Named]
+"""(inputs, targets) -> {name: [N, *parameter.shape]}."""
+
+TensorFn: TypeAlias = Callable[[Batch, Tensor], Tensor]
+"""(inputs, targets) -> one tensor."""
+
+CPU_BYTES = (
+    2**25
+)  # glibc takes larger blocks fresh from the system: the tutorial's norms by vmap then take 1.3× as long
+GPU_SHARE = 8  # of a GPU's memory, so that activations have room beside a chunk
+
+
+def norms(grads: GradsFn, most: int) -> TensorFn:
+    """Return the function for ‖g_i‖₂ [N], `most` samples at a time."""
+
+    def fn(inputs: Batch, targets: Tensor) -> Tensor:
+        return torch.cat([norms_of(grads(*chunk)) for chunk in chunks(inputs, targets, most)])
+
+    return fn
+
+
+def clipped_sum(grads: GradsFn, most: int, max_norm: float) -> GradsFn:
+    """Return the function for Σ_i min(1, C/‖g_i‖) g_i, `most` samples at a time."""
+
+    def one(inputs: Batch, targets: Tensor) -> Named:
+        g = grads(inputs, targets)
+        factors = clip_factors(norms_of(g), max_norm)
+        return {name: weighted_sum(factors, t) for name, t in g.items()}
+
+    def fn(inputs: Batch, targets: Tensor) -> Named:
+        parts = (one(*chunk) for chunk in chunks(inputs, targets, most))
+        total = next(parts)
+        if size(inputs) <= most:
+            return total
+        wide = {name: t.to(_wide(t)) for name, t in total.items()}
+        for part in parts:
+            for name, t in part.items():
+                wide[name] += t
+        return {name: wide[name].to(t.dtype) for name, t in total.items()}
+
+    return fn
+
+
+def variance(grads: GradsFn, most: int) -> GradsFn:
+    """Return the function for the elementwise 1/N Σ (g_i − ḡ)², `most` samples at a time.
+
+    Means and squared deviations of chunks are merged (Chan, Golub, LeVeque 1979), which cancels nothing; the plain
+    difference of second moment and squared mean would.
+    """
+
+    def fn(inputs: Batch, targets: Tensor) -> Named:
+        done, mean, squares, dtypes = 0, {}, {}, {}  # type: int, Named, Named, dict[str, torch.dtype]
+        for chunk in chunks(inputs, targets, most):
+            n = size(chunk[0])
+            for name, g in grads(*chunk).items():
+                variances, means = torch.var_mean(g.to(_wide(g)), 0, correction=0)
+                if not done:
+                    mean[name], squares[name], dtypes[name] = means, variances.mul_(n), g.dtype
+                    continue
+                gap = means - mean[name]
+                mean[name] += gap * (n / (done + n))
+                squares[name] += variances.mul_(n) + gap.square_() * (done * n / (done + n))
+            done += n
+        return {name: (t / done).to(dtypes[name]) for name, t in squares.items()}
+
+    return fn
+
+
+def gram(grads: GradsFn, most: int, held: int) -> TensorFn:
+    """Return the function for ⟨g_i, g_j⟩ [N, N]: blocks of `held` samples, against all others `most` at a time.
+
+    The gradients of N samples are computed once for each block, so that memory is bounded; one block is one pass.
+    """
+
+    def fn(inputs: Batch, targets: Tensor) -> Tensor:
+        n = size(inputs)
+        blocks = _slices(n, held)
+        rows: list[Tensor] = []
+        for block in blocks:
+            parts = [rows_of_all(grads(*chunk)) for chunk in chunks(take(inputs, block), targets[block], most)]
+            kept = [torch.cat(columns) if len(columns) > 1 else columns[0] for columns in zip(*parts, strict=True)]
+            del parts
+            own = _products(kept, kept)
+            later = slice(block.stop, n)
+            strips = [own]
+            if block.stop < n:
+                for chunk in chunks(take(inputs, later), targets[later], most):
+                    strips.append(_products(kept, rows_of_all(grads(*chunk))))
+            rows.append(torch.cat(strips, 1))
+            del kept
+        upper = rows[0].new_zeros(n, n)
+        for block, strip in zip(blocks, rows, strict=True):
+            upper[block, block.start :] = strip
+            upper[block.start :, block] = strip.T
+        return upper
+
+    return fn
+
+
+def default_bytes(parameters: Sequence[Tensor]) -> int:
+    """Return how many bytes of per-sample gradients are held at a time if nothing is said."""
+    device = next((p.device for p in parameters), torch.device("cpu"))
+    if device.type != "cuda":
+        return CPU_BYTES
+    return int(torch.cuda.get_device_properties(device).total_memory) // GPU_SHARE
+
+
+def chunks(inputs: Batch, targets: Tensor, most: int) -> Iterator[tuple[Batch, Tensor]]:
+    """Yield the batch in parts of `most` samples or fewer, as even as can be."""
+    for part in _slices(size(inputs), most):
+        yield take(inputs, part), targets[part]
+
+
+def _slices(n: int, most: int) -> list[slice]:
+    count = ceil(n / most)
+    ends = [round(n * i / count) for i in range(count + 1)]
+    return [slice(a, b) for a, b in pairwise(ends)]
+
+
+def rows_of(grads: Tensor) -> Tensor:
+    """Return per-sample gradients [N, *shape] as rows [N, numbers]; a scalar parameter's have one number each."""
+    return grads.flatten(1) if grads.dim() > 1 else grads[:, None]
+
+
+def rows_of_all(grads: Named) -> list[Tensor]:
+    """Return the rows of each parameter."""
+    return [rows_of(t) for t in grads.values()]
+
+
+def _products(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    return torch.stack([x @ y.T for x, y in zip(a, b, strict=True)]).sum(0)
+
+
+def norms_of(grads: Named) -> Tensor:
+    """Return ‖g_i‖₂ [N] of per-sample gradients; half precision is summed in float32."""
+    some = next(iter(grads.values()))
+    squares = [torch.linalg.vector_norm(rows_of(t), dim=1, dtype=_wide(some)).square() for t in grads.values()]
+    return torch.stack(squares).sum(0).sqrt().to(some.dtype)
+
+
+def clip_factors(norms: Tensor, max_norm: float) -> Tensor:
+    """Return min(1, C/‖g_i‖) [N]; a zero gradient has factor 1, a nonfinite norm a nonfinite or zero factor."""
+    return (max_norm / norms).clamp(max=1.0)
+
+
+def weighted_sum(weights: Tensor, grads: Tensor) -> Tensor:
+    """Return Σ_i w_i g_i [*shape] of weights [N] and per-sample gradients [N, *shape]."""
+    return torch.einsum("n,n...->...", weights.to(grads.dtype), grads)
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    return torch.promote_types(t.dtype, torch.float32)

@@ -1,0 +1,82 @@
+"""CUDA graphs: a call is recorded once for each form of input and then replayed, which costs the host one launch.
+
+https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs. Small models are launch-bound: there it pays.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from backends.batch import Batch, apply, signature, size, tensors
+from backends.refusals import Unsupported, first_line_of
+
+WARM_UPS = (
+    3  # calls before recording, on a stream of their own: libraries choose kernels and allocate in the first ones
+)
+
+_RECORDING: ContextVar[bool] = ContextVar("recording", default=False)
+
+
+def recording() -> bool:
+    """Return whether a call is being recorded: what asks the host or the random state must then stay out of it."""
+    return _RECORDING.get()
+
+
+def graphed(fn: Callable[[Batch, Tensor], Any]) -> Callable[[Batch, Tensor], Any]:
+    """Return a function whose calls are replayed from graphs; its results are copies, valid after the next call."""
+    graphs: dict[object, _Graph] = {}
+
+    def run(inputs: Batch, targets: Tensor) -> Any:  # noqa: ANN401  as the function
+        form = (signature(inputs), size(inputs), signature(targets))
+        if form not in graphs:
+            graphs[form] = _record(fn, inputs, targets)
+        return graphs[form].replay(inputs, targets)
+
+    return run
+
+
+@dataclass(frozen=True)
+class _Graph:
+    graph: torch.cuda.CUDAGraph
+    inputs: Batch
+    targets: Tensor
+    result: Any
+
+    def replay(self, inputs: Batch, targets: Tensor) -> Any:  # noqa: ANN401  as the recorded function
+        for static, t in zip([*tensors(self.inputs), self.targets], [*tensors(inputs), targets], strict=True):
+            static.copy_(t)
+        self.graph.replay()
+        return tree_map(torch.clone, self.result)
+
+
+def _record(fn: Callable[[Batch, Tensor], Any], inputs: Batch, targets: Tensor) -> _Graph:
+    inputs, targets = apply(torch.clone, inputs), targets.clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UPS):
+            fn(inputs, targets)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with _recorded(), torch.cuda.graph(graph):
+            result = fn(inputs, targets)
+    except (RuntimeError, Unsupported) as error:
+        why = first_line_of(str(error))
+        raise Unsupported(f"`model` (cuda_graph=True): the call cannot be recorded as a CUDA graph: {why}") from error
+    return _Graph(graph, inputs, targets, result)
+
+
+@contextmanager
+def _recorded() -> Iterator[None]:
+    token = _RECORDING.set(True)
+    try:
+        yield
+    finally:
+        _RECORDING.reset(token)

@@ -1,0 +1,132 @@
+"""What Opacus' module hooks would get wrong, and how they are made to see what they would miss: no backend."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from backends.base import Unsupported, describe, first_line, guarded
+from backends.module_calls import pads_unlike_zeros
+from backends.probe import Hooked
+from backends.running import culprit
+
+Rule = Callable[[str, nn.Module], str | None]
+"""(path, layer) -> why Opacus would be silently wrong on it, or None; the case that proves it stands beside it."""
+
+
+def wrapped_by_opacus(model: nn.Module, hooked: Sequence[Hooked], **options: Any) -> Any:  # noqa: ANN401  no types there
+    """Return the model as Opacus wraps it, capturing in eval mode too; its losses are summed.
+
+    Args:
+        model: A copy that Opacus may hook.
+        hooked: What `hooked_by_opacus` says of it.
+        options: `grad_sample_mode` and what else `opacus.grad_sample.wrap_model` takes.
+
+    Raises:
+        Unsupported: Opacus refuses the model.
+    """
+    from opacus.grad_sample import wrap_model
+
+    if guarded():
+        _refuse_hooked_twice(model, hooked)
+    try:
+        wrapped = wrap_model(model, loss_reduction="sum", **options)
+    except NotImplementedError as error:
+        raise Unsupported(f"{culprit(error, model)}: {first_line(error)}") from error
+    _capture_in_eval(hooked)
+    return wrapped
+
+
+def hooked_by_opacus(model: nn.Module, *, functorch: bool) -> list[Hooked]:
+    """Return the modules that Opacus hooks, as its `iterate_submodules` does, and what each rule covers."""
+    from opacus.grad_sample import GradSampleModule
+
+    def walk(module: nn.Module) -> Iterator[Hooked]:
+        owner = any(p.requires_grad for p in module.parameters(recurse=False))
+        general = owner and type(module) not in GradSampleModule.GRAD_SAMPLERS
+        if owner:
+            yield Hooked(module, deep=general, reruns=general or functorch)
+        if not general:
+            for child in module.children():
+                yield from walk(child)
+
+    return list(walk(model))
+
+
+def refuse_options(model: nn.Module, rules: Sequence[Rule], *, buffers: bool = True) -> None:
+    """Refuse the layer options that Opacus does not look at, or does not support.
+
+    Args:
+        model: The model; a rule may hook it.
+        rules: What Opacus would get wrong.
+        buffers: Refuse layers with parameters and buffers, as Opacus itself does.
+    """
+    for path, module in model.named_modules():
+        if not any(p.requires_grad for p in module.parameters(recurse=False)):
+            continue
+        if buffers and any(True for _ in module.buffers()):
+            raise Unsupported(f"{describe(path, module)} has parameters and buffers, which Opacus does not support")
+        for wrong in rules if guarded() else ():
+            if reason := wrong(path, module):
+                raise Unsupported(f"{describe(path, module, options=True)}: {reason}")
+
+
+def _capture_in_eval(hooked: Sequence[Hooked]) -> None:
+    """Make Opacus capture activations of modules in eval mode too: its hook only looks at `module.training`.
+
+    The flag is up just while Opacus' forward hook runs, after the module's forward has run in its own mode.
+    """
+    for h in hooked:
+        if not h.module.training:
+            h.module.register_forward_hook(lambda module, *_: setattr(module, "training", True), prepend=True)
+            h.module.register_forward_hook(lambda module, *_: setattr(module, "training", False))
+
+
+def pads_with_zeros(path: str, layer: nn.Module) -> str | None:
+    """Case "Conv2d(padding_mode='reflect')"."""
+    return "Opacus' rule would pad with zeros; mode 'functorch' pads right" if pads_unlike_zeros(layer) else None
+
+
+def trains_padding(path: str, layer: nn.Module) -> str | None:
+    """Case "Embedding(padding_idx=0)"."""
+    padded = isinstance(layer, nn.Embedding) and layer.padding_idx is not None
+    return "the padding would get a gradient; in mode 'functorch' it gets none" if padded else None
+
+
+def adds_equal_tokens_once(path: str, layer: nn.Module) -> str | None:
+    """Case "EmbeddingBag offsets"."""
+    return "a token that is in a bag twice would count once" if isinstance(layer, nn.EmbeddingBag) else None
+
+
+def normalises_anew(path: str, layer: nn.Module) -> str | None:
+    """Case "InstanceNorm2d running statistics, in eval mode"."""
+    running = isinstance(layer, _InstanceNorm) and layer.track_running_stats and not layer.training
+    return "the backward pass would take the input's statistics, not the running ones" if running else None
+
+
+def misreads_strides(path: str, layer: nn.Module) -> None:
+    """Case "input: channels_last": Opacus' `unfold2d` takes it that the last two axes lie in order."""
+    if type(layer) is nn.Conv2d and layer.weight.requires_grad:
+        layer.register_forward_pre_hook(partial(_refuse_strides, describe(path, layer)))
+
+
+def _refuse_strides(where: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    if not inputs[0][:1, :1].is_contiguous():
+        raise Unsupported(
+            f"{where}: Opacus' rule would misread an input of strides {list(inputs[0].stride())} (channels_last?); "
+            "give it a contiguous one, or use mode 'functorch'"
+        )
+
+
+def _refuse_hooked_twice(model: nn.Module, hooked: Sequence[Hooked]) -> None:
+    """Case "tied: a module under two parents": Opacus' walk meets it twice."""
+    found = [id(h.module) for h in hooked]
+    for path, module in model.named_modules():
+        if found.count(id(module)) > 1:
+            raise Unsupported(f"{describe(path, module)} has several parents; Opacus would hook it once for each")
+
+
+HOOK_RULES: tuple[Rule, ...] = (pads_with_zeros, trains_padding, adds_equal_tokens_once, misreads_strides)
+"""What goes wrong where Opacus' hand-written rules are used."""
