@@ -91,8 +91,19 @@ class Rule(ABC):
     same_function: ClassVar[bool] = True  # whether question 1 is asked too
 
     @abstractmethod
-    def judge(self, result: Rows, truth: Rows, yardsticks: Runs, draw: Draw, *, per_sample: bool) -> Agreement:
-        """Hold a result in the run's dtype against the float64 truth and runs of the reference in that dtype."""
+    def judge(
+        self, result: Rows, truth: Rows, yardsticks: Runs, draw: Draw, *, per_sample: bool, u: float | None = None
+    ) -> Agreement:
+        """Hold a result in the run's dtype against the float64 truth and runs of the reference in that dtype.
+
+        Args:
+            result: What is judged.
+            truth: In float64.
+            yardsticks: The reference in the same arithmetic.
+            draw: Draws perturbed runs of the reference.
+            per_sample: Whether rows are samples.
+            u: The arithmetic's unit roundoff, where it is coarser than the yardsticks' dtype (autocast, TF32).
+        """
 
 
 @RULES.register("calibrated")
@@ -111,10 +122,12 @@ class Calibrated(Rule):
     factor: Annotated[float, Field(gt=0)] = 4.0
     draws: Annotated[int, Field(ge=0)] = 20
 
-    def judge(self, result: Rows, truth: Rows, yardsticks: Runs, draw: Draw, *, per_sample: bool) -> Agreement:
-        """Answer question 2: is the result as near the float64 truth as its dtype allows?"""
-        u = unit_roundoff(yardsticks[0])
-        base = precision_base(truth, yardsticks)
+    def judge(
+        self, result: Rows, truth: Rows, yardsticks: Runs, draw: Draw, *, per_sample: bool, u: float | None = None
+    ) -> Agreement:
+        """Answer question 2: is the result as near the float64 truth as its arithmetic allows?"""
+        u = u or unit_roundoff(yardsticks[0])
+        base = precision_base(truth, yardsticks, u)
         most = most_excused(len(base), u)
         found = self._judge("precision", result, truth, base, cloud(truth, draw, u), most, per_sample)
         if not (found.agrees and per_sample):
@@ -170,7 +183,9 @@ class AllClose(Rule):
     atol: Annotated[float, Field(ge=0)] = 3e-3
     rtol: Annotated[float, Field(ge=0)] = 1e-5
 
-    def judge(self, result: Rows, truth: Rows, yardsticks: Runs, draw: Draw, *, per_sample: bool) -> Agreement:
+    def judge(
+        self, result: Rows, truth: Rows, yardsticks: Runs, draw: Draw, *, per_sample: bool, u: float | None = None
+    ) -> Agreement:
         """Compare every number with the yardstick's; see `torch.allclose`."""
         y = {name: t.double() for name, t in yardsticks[0].items()}
         gaps = {name: (result[name].double() - t).abs() / (self.atol + self.rtol * t.abs()) for name, t in y.items()}
@@ -196,9 +211,9 @@ def most_excused(n: int, u: float) -> int:
     return max(4, n // 2 if u > COARSE else n // 8)
 
 
-def precision_base(truth: Rows, yardsticks: Runs) -> Tensor:
+def precision_base(truth: Rows, yardsticks: Runs, u: float | None = None) -> Tensor:
     """Return max(‖y−t‖(i,p), u·‖t(i,p)‖, u/16·‖t(i)‖) [R, P]; of several yardsticks the farthest counts."""
-    base = _roundings(truth, unit_roundoff(yardsticks[0]))
+    base = _roundings(truth, u or unit_roundoff(yardsticks[0]))
     for yardstick in yardsticks:
         base = torch.maximum(base, distance(yardstick, truth))
     return base

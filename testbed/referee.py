@@ -35,6 +35,7 @@ Again: TypeAlias = Callable[[], Any]
 """The same call once more."""
 
 FEW = 16
+TF32 = 2.0**-11  # unit roundoff: products are rounded to ten bits of mantissa
 BUDGET = 2**30  # bytes of float64 truth: checking takes a bounded share of memory and time
 INDEPENDENT = ("grads", "norms")  # quantities where a sample's row depends on that sample only
 
@@ -57,6 +58,8 @@ class Finding:
 class Referee:
     """Holds truth and yardstick of one quantity on a problem's batch, or on its fresh one; computed when first asked.
 
+    With `autocast` the yardstick runs under it too: a result is held to what its arithmetic allows.
+
     Attributes:
         run: The problem, with as many of its samples as are checked: all of them, or a random choice where the truth
             would take more than `BUDGET` bytes and a sample's row depends on that sample only.
@@ -64,8 +67,17 @@ class Referee:
         few: The same with at most that many samples: question 1 is about logic, which a few samples show.
     """
 
-    def __init__(self, problem: Problem, quantity: str, options: Mapping[str, Any], rule: Rule, few: int = FEW) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        quantity: str,
+        options: Mapping[str, Any],
+        rule: Rule,
+        few: int = FEW,
+        autocast: str | None = None,
+    ) -> None:
         self.quantity, self.options, self.rule = quantity, dict(options), rule
+        self.autocast, self.u = autocast, _roundoff(problem, autocast)
         numbers = sum(p.numel() for p in trainable(problem.model).values()) if quantity == "grads" else 1
         most = max(FEW, BUDGET // (8 * numbers)) if quantity in INDEPENDENT else problem.n
         self.n, self.chosen = problem.n, choose(problem.n, most)
@@ -94,7 +106,7 @@ class Referee:
         per_sample = self.quantity in PER_SAMPLE
 
         def judge(rows: Rows, right: Rows) -> Agreement:
-            return self.rule.judge(rows, right, yardsticks, draw, per_sample=per_sample)
+            return self.rule.judge(rows, right, yardsticks, draw, per_sample=per_sample, u=self.u)
 
         if self.chosen is not None and (wrong := wrong_form(result, self._whole(fresh))):
             return Finding("disagrees", wrong)
@@ -185,8 +197,8 @@ class Referee:
         return self._known[key]
 
     def _compute(self, model: torch.nn.Module, loss_fn: LossFn, inputs: Batch, targets: Tensor) -> Result:
-        fn = getattr(get_backend(reference()), self.quantity)(model, loss_fn, **self.options)
-        found: Result = fn(inputs, targets)
+        fn = getattr(get_backend(reference(), autocast=self.autocast), self.quantity)(model, loss_fn, **self.options)
+        found: Result = fn(inputs, targets)  # autocast leaves float64 alone
         return found
 
     def draws(self) -> Draw:
@@ -216,6 +228,16 @@ class Referee:
             return {name: t[rows] for name, t in found.items()}
 
         return draw
+
+
+def _roundoff(problem: Problem, autocast: str | None) -> float | None:
+    """Return the unit roundoff of the arithmetic where it is coarser than the dtype's; None where it is not."""
+    if problem.dtype != torch.float32:
+        return None
+    if autocast:
+        return torch.finfo(getattr(torch, autocast)).eps / 2
+    tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+    return TF32 if tf32 and problem.device.type == "cuda" else None
 
 
 def sizes(problem: Problem) -> dict[str, int]:

@@ -7,6 +7,7 @@ The steps of a cell: `start` (import, prepare, first call, both questions), then
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -22,6 +23,7 @@ from backends.batch import Batch, apply, call, tensors
 from testbed import memory, timing
 from testbed.agreement import Rule, as_rows, norms
 from testbed.cell import Cell
+from testbed.compiling import COMPILATIONS
 from testbed.integrity import Snapshot
 from testbed.problems import Problem
 from testbed.referee import Finding, Referee
@@ -74,6 +76,8 @@ class Worker:
     def __init__(self, problem: Problem, quantity: str, quantity_options: Mapping[str, Any], rule: Rule) -> None:
         self.problem, self.quantity, self.options, self.rule = problem, quantity, dict(quantity_options), rule
         self.referee = Referee(problem, quantity, quantity_options, rule)
+        self._under_autocast: dict[str, Referee] = {}
+        self.recompiles: Counter[str] = Counter()
         self.snapshots = [Snapshot.of(problem), Snapshot.of(self.referee.few)]
         self.functions: dict[str, Fn] = {ORDINARY: ordinary_step(problem)}
         self.timed = apply(torch.clone, problem.inputs), problem.targets.clone()  # rewritten in place by `finish`
@@ -84,6 +88,8 @@ class Worker:
         """Import, prepare and call once, and ask whether the result agrees."""
         outcome = Outcome()
         try:
+            if cell.options.get("compile"):
+                COMPILATIONS.listen()
             cls = backend_class(cell.backend)
             _, outcome.phases["import_s"] = _timed(cls.load)
             backend = get_backend(cell.backend, **cell.options)
@@ -106,24 +112,30 @@ class Worker:
         Raises:
             Broken: The call has changed what is not its own. Whatever the call raises escapes too.
         """
-        fn = self.functions[name]
+        fn, before = self.functions[name], COMPILATIONS.now()
         try:
             with _listening():
                 return timing.time_once(lambda: fn(*self.timed), self.problem.device)
         finally:
+            self.recompiles[name] += COMPILATIONS.since(before)[0]
             if change := self._restore():
                 raise Broken(change)
 
     def finish(self, cell: Cell, outcome: Outcome) -> None:
         """Measure memory, and ask again: on data that the function has not seen, and for the contract's promises."""
         fn, p = self.functions[cell.label], self.problem
+        before_finish = COMPILATIONS.now()
         try:
             with _listening(outcome):
                 outcome.memory = memory.peak(lambda: fn(p.inputs, p.targets), p.device)
                 kept = fn(p.inputs, p.targets)
                 before = norms(as_rows(kept, self.quantity)).clone()
                 fresh = self._in_place(p.fresh_inputs, p.fresh_targets)
-                outcome.take("again", self.referee.precision(fn(*fresh), lambda: fn(*fresh), fresh=True))
+                again = self._referee_of(cell).precision(fn(*fresh), lambda: fn(*fresh), fresh=True)
+                outcome.take("again", again)
+                if cell.options.get("compile"):
+                    recompiled = self.recompiles[cell.label] + COMPILATIONS.since(before_finish)[0]
+                    outcome.phases["recompiles"] = recompiled
                 if outcome.status != "ok":
                     outcome.diagnosis = outcome.reason = f"after timing, on fresh data: {outcome.diagnosis}"
                 elif not torch.equal(norms(as_rows(kept, self.quantity)), before):
@@ -185,10 +197,26 @@ class Worker:
         method = getattr(backend, self.quantity)
         fn, outcome.phases["prepare_s"] = _timed(lambda: method(p.model, p.loss_fn, **self.options), p.device)
         self.functions[cell.label] = fn
-        result, outcome.phases["first_call_s"] = _timed(lambda: fn(p.inputs, p.targets), p.device)
-        outcome.agreement["checked_samples"] = self.referee.run.n
-        outcome.agreement["nondeterminism"] = self.referee.nondeterminism()
-        outcome.take("precision", self.referee.precision(result, lambda: fn(p.inputs, p.targets)))
+        before = COMPILATIONS.now()
+        result, seconds = _timed(lambda: fn(p.inputs, p.targets), p.device)
+        compiled, compile_s = COMPILATIONS.since(before)
+        outcome.phases["first_call_s"] = seconds - compile_s
+        if cell.options.get("compile"):
+            outcome.phases |= {"compile_s": compile_s, "compiled": compiled}
+        referee = self._referee_of(cell)
+        outcome.agreement["checked_samples"] = referee.run.n
+        outcome.agreement["nondeterminism"] = referee.nondeterminism()
+        outcome.take("precision", referee.precision(result, lambda: fn(p.inputs, p.targets)))
+
+    def _referee_of(self, cell: Cell) -> Referee:
+        """Return the referee of the cell's arithmetic; under autocast the yardstick runs under it too."""
+        autocast = cell.options.get("autocast")
+        if not autocast:
+            return self.referee
+        if autocast not in self._under_autocast:
+            referee = Referee(self.problem, self.quantity, self.options, self.rule, autocast=autocast)
+            self._under_autocast[autocast] = referee
+        return self._under_autocast[autocast]
 
     def _restore(self) -> str | None:
         """Return what was changed that is not a backend's own, after putting it back; None if nothing was."""
