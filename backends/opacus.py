@@ -7,11 +7,10 @@ ExpandedWeights). They are right where the library sees every use of a parameter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from backends.base import (
     Backend,
@@ -27,9 +26,9 @@ from backends.base import (
     trainable,
 )
 from backends.batch import Batch, call, size
+from backends.expanded import expanded, normalises_anew
 from backends.module_calls import collect, pads_unlike_zeros, quiet_hooks, watcher
 from backends.probe import Hooked
-from backends.rows import Rows, batch_first, tensors_in
 from backends.running import batch_gradient, culprit, library_call
 
 
@@ -135,12 +134,6 @@ def _adds_equal_tokens_once(layer: nn.Module) -> str | None:
     return "a token that is in a bag twice would count once" if isinstance(layer, nn.EmbeddingBag) else None
 
 
-def _normalises_anew(layer: nn.Module) -> str | None:
-    """Case "InstanceNorm2d running statistics, in eval mode"."""
-    running = isinstance(layer, _InstanceNorm) and layer.track_running_stats and not layer.training
-    return "the backward pass would take the input's statistics, not the running ones" if running else None
-
-
 def _refuse_hooked_twice(model: nn.Module, hooked: list[Hooked]) -> None:
     """Case "tied: a module under two parents": Opacus' walk meets it twice."""
     found = [id(h.module) for h in hooked]
@@ -161,27 +154,5 @@ def _refuse_strides(where: str, layer: nn.Module, inputs: tuple[Tensor, ...]) ->
 WRONG: dict[str, tuple[Wrong, ...]] = {
     "hooks": (_pads_with_zeros, _trains_padding, _adds_equal_tokens_once),
     "functorch": (),
-    "ew": (_trains_padding, _normalises_anew),
+    "ew": (_trains_padding, normalises_anew),
 }
-
-RECURRENT = (torch.rnn_tanh, torch.rnn_relu, torch.lstm, torch.gru)
-
-
-def expanded(function: Any, args: Any, result: Any) -> tuple[list[Rows], list[Rows]]:  # noqa: ANN401
-    """Return where ExpandedWeights takes the samples to be in what a function is given and what it returns.
-
-    On the first axis of the first tensor; in recurrent layers where `batch_first` says; in packed sequences in the
-    order that they were sorted in, which need not be the batch's.
-    """
-    from torch.nn.utils._expanded_weights import ExpandedWeight  # private, so that only this mode depends on it
-
-    if function not in ExpandedWeight.handled_functions and function not in RECURRENT:
-        return [], []  # then it raises
-    if function not in RECURRENT:
-        rows = batch_first(function, args, result)
-        return rows[0][:1], rows[1]
-    packed = not isinstance(args[2], list)  # then the second argument holds the batch's size at each step
-    steps = torch.cat([torch.arange(n) for n in args[1]]) if packed else None
-    axis = 0 if packed or args[-1] else 1
-    first, *states = tensors_in(result)
-    return [Rows(args[0], axis, steps)], [Rows(first, axis, steps), *(Rows(state, 1) for state in states)]

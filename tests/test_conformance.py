@@ -113,21 +113,25 @@ def test_the_capability_table_is_not_stale(grads: list[Record]) -> None:
 
 # (the rule, the backend's options, the case that proves it, words of the refusal). A rule that several libraries need
 # stands in backends/module_calls.py, else in the backend's file; its docstring names the case.
-HOOKS, FUNCTORCH, EW, BACKPACK = (
+HOOKS, FUNCTORCH, EW, BACKPACK, EXPANDED = (
     ("opacus", {}),
     ("opacus", {"mode": "functorch"}),
     ("opacus", {"mode": "ew"}),
     ("backpack", {}),
+    ("expanded_weights", {}),
 )
-MODULES, WATCHING = (HOOKS, FUNCTORCH, BACKPACK), (HOOKS, FUNCTORCH, EW, BACKPACK)
+WATCHING = (HOOKS, FUNCTORCH, EW, BACKPACK, EXPANDED)
 RULES = [
     *(
         ("_outside", b, "functional: F.linear after the module", "outside the call")
         for b in (HOOKS, FUNCTORCH, BACKPACK)
     ),
     *(("_outside", b, "functional: a penalty on the weight", "outside the call") for b in (HOOKS, FUNCTORCH, BACKPACK)),
-    ("_differentiated", EW, "mode: a double backward", "the forward pass takes a gradient"),
-    *(("_differentiated", b, "mode: a gradient in the forward", "takes a gradient") for b in (HOOKS, FUNCTORCH, EW)),
+    *(("_differentiated", b, "mode: a double backward", "the forward pass takes a gradient") for b in (EW, EXPANDED)),
+    *(
+        ("_differentiated", b, "mode: a gradient in the forward", "takes a gradient")
+        for b in (HOOKS, FUNCTORCH, EW, EXPANDED)
+    ),
     *(("_replaced", b, "functional: functional_call with other weights", "other weights") for b in (HOOKS, FUNCTORCH)),
     *(("_altered", b, "module: a hook triples the output", "changes its output") for b in (HOOKS, BACKPACK)),
     ("_altered", FUNCTORCH, "module: a hook triples the input", "changes its input"),
@@ -141,14 +145,18 @@ RULES = [
     *(("_strayed", b, "Linear samples reordered in the model", "takes row i to be sample i") for b in WATCHING),
     *(("_strayed", b, "batch: samples sorted in the model", "takes row i to be sample i") for b in WATCHING),
     *(("_strayed", b, "batch: samples shuffled at random in the model", "takes row i to be") for b in WATCHING),
-    ("_strayed", EW, "batch: packed sequences", "takes row i to be sample i"),
+    *(("_strayed", b, "batch: packed sequences", "takes row i to be sample i") for b in (EW, EXPANDED)),
     ("_refuse_repeated", BACKPACK, "tied: one weight in two modules", "is used by 2 module calls"),
     ("_refuse_repeated", BACKPACK, "tied: one call detached", "is used by 2 module calls"),
     *(("_pads_with_zeros", b, "Conv2d(padding_mode='reflect')", "would pad with zeros") for b in (HOOKS, BACKPACK)),
     ("_trains_padding", HOOKS, "Embedding(padding_idx=0)", "the padding would get a gradient"),
     ("_trains_padding", EW, "Embedding(padding_idx=0)", "the padding would get a gradient"),
     ("_adds_equal_tokens_once", HOOKS, "EmbeddingBag offsets", "in a bag twice"),
-    ("_normalises_anew", EW, "InstanceNorm2d running statistics, in eval mode", "not the running ones"),
+    ("trains_padding", EXPANDED, "Embedding(padding_idx=0)", "the padding would get a gradient"),
+    *(
+        ("normalises_anew", b, "InstanceNorm2d running statistics, in eval mode", "not the running ones")
+        for b in (EW, EXPANDED)
+    ),
     ("_refuse_strides", HOOKS, "input: channels_last", "would misread an input of strides"),
     ("_refuse_strides", HOOKS, "input: channels last, permuted in the model", "would misread an input of strides"),
     ("_refuse_hooked_twice", HOOKS, "tied: a module under two parents", "has several parents"),
