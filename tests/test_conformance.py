@@ -73,7 +73,8 @@ def test_no_cell_of_the_other_quantities_is_wrong_or_an_error(others: list[Recor
     assert of_kind(others, "wrong", "error") == []
 
 
-def test_other_quantities_are_right_where_grads_is(grads: list[Record], others: list[Record]) -> None:
+def test_derived_quantities_are_right_where_grads_is(grads: list[Record], others: list[Record]) -> None:
+    others = [r for r in others if not backend_class(r.backend).native(r.quantity)]
     right = {(r.label, r.problem["case"]) for r in grads if r.status == "ok"}
     both = {r.problem["case"] for r in grads} & {r.problem["case"] for r in others}
     assert both
@@ -111,36 +112,46 @@ def test_the_capability_table_is_not_stale(grads: list[Record]) -> None:
         assert then.get(name) == now[name], "python -m testbed conformance --write-table backends/README.md"
 
 
-# (the rule, the backend's options, the case that proves it, words of the refusal). A rule that several libraries need
+# (the rule, the backend with options and quantity, the case that proves it, words of the refusal). A rule that several libraries need
 # stands in backends/module_calls.py, else in the backend's file; its docstring names the case.
-HOOKS, FUNCTORCH, EW, BACKPACK, EXPANDED = (
-    ("opacus", {}),
-    ("opacus", {"mode": "functorch"}),
-    ("opacus", {"mode": "ew"}),
-    ("backpack", {}),
-    ("expanded_weights", {}),
+HOOKS, FUNCTORCH, EW, BACKPACK, EXPANDED, TORCHJD = (
+    ("opacus", {}, "grads"),
+    ("opacus", {"mode": "functorch"}, "grads"),
+    ("opacus", {"mode": "ew"}, "grads"),
+    ("backpack", {}, "grads"),
+    ("expanded_weights", {}, "grads"),
+    ("torchjd", {}, "gram"),
 )
-WATCHING = (HOOKS, FUNCTORCH, EW, BACKPACK, EXPANDED)
+WATCHING = (HOOKS, FUNCTORCH, EW, BACKPACK, EXPANDED, TORCHJD)
 RULES = [
     *(
         ("_outside", b, "functional: F.linear after the module", "outside the call")
-        for b in (HOOKS, FUNCTORCH, BACKPACK)
+        for b in (HOOKS, FUNCTORCH, BACKPACK, TORCHJD)
     ),
-    *(("_outside", b, "functional: a penalty on the weight", "outside the call") for b in (HOOKS, FUNCTORCH, BACKPACK)),
-    *(("_differentiated", b, "mode: a double backward", "the forward pass takes a gradient") for b in (EW, EXPANDED)),
+    *(
+        ("_outside", b, "functional: a penalty on the weight", "outside the call")
+        for b in (HOOKS, FUNCTORCH, BACKPACK, TORCHJD)
+    ),
+    *(
+        ("_differentiated", b, "mode: a double backward", "the forward pass takes a gradient")
+        for b in (EW, EXPANDED, TORCHJD)
+    ),
     *(
         ("_differentiated", b, "mode: a gradient in the forward", "takes a gradient")
         for b in (HOOKS, FUNCTORCH, EW, EXPANDED)
     ),
-    *(("_replaced", b, "functional: functional_call with other weights", "other weights") for b in (HOOKS, FUNCTORCH)),
+    *(
+        ("_replaced", b, "functional: functional_call with other weights", "other weights")
+        for b in (HOOKS, FUNCTORCH, TORCHJD)
+    ),
     *(("_altered", b, "module: a hook triples the output", "changes its output") for b in (HOOKS, BACKPACK)),
-    ("_altered", FUNCTORCH, "module: a hook triples the input", "changes its input"),
+    *(("_altered", b, "module: a hook triples the input", "changes its input") for b in (FUNCTORCH, TORCHJD)),
     *(("_unseen", b, "module: an optional second tensor", "takes 2 tensor(s)") for b in (HOOKS, FUNCTORCH)),
     *(("_unseen", b, "module: an optional tensor by keyword", "as keyword") for b in (HOOKS, FUNCTORCH)),
     *(("_miscounted", b, "Linear sequence-first, T = N", "batch axes of [4, 4]") for b in WATCHING),
     *(
         ("_miscounted", b, "Linear called with batches of N and of 1", "batch axes of [1, 1]")
-        for b in (HOOKS, FUNCTORCH)
+        for b in (HOOKS, FUNCTORCH, TORCHJD)
     ),
     *(("_strayed", b, "Linear samples reordered in the model", "takes row i to be sample i") for b in WATCHING),
     *(("_strayed", b, "batch: samples sorted in the model", "takes row i to be sample i") for b in WATCHING),
@@ -148,6 +159,7 @@ RULES = [
     *(("_strayed", b, "batch: packed sequences", "takes row i to be sample i") for b in (EW, EXPANDED)),
     ("_refuse_repeated", BACKPACK, "tied: one weight in two modules", "is used by 2 module calls"),
     ("_refuse_repeated", BACKPACK, "tied: one call detached", "is used by 2 module calls"),
+    ("_refuse_shared", TORCHJD, "tied: one weight in two modules", "is used by 2 modules"),
     *(("_pads_with_zeros", b, "Conv2d(padding_mode='reflect')", "would pad with zeros") for b in (HOOKS, BACKPACK)),
     ("_trains_padding", HOOKS, "Embedding(padding_idx=0)", "the padding would get a gradient"),
     ("_trains_padding", EW, "Embedding(padding_idx=0)", "the padding would get a gradient"),
@@ -168,8 +180,8 @@ RULES = [
 @pytest.mark.parametrize(
     ("rule", "variant", "name", "words"), RULES, ids=lambda v: str(v) if isinstance(v, str) else v[0]
 )
-def test_each_rule_is_needed(rule: str, variant: tuple[str, dict[str, Any]], name: str, words: str) -> None:
-    backend, options = variant
+def test_each_rule_is_needed(rule: str, variant: tuple[str, dict[str, Any], str], name: str, words: str) -> None:
+    backend, options, quantity = variant
     try:
         backend_class(backend).load()
     except Unavailable as absence:
@@ -177,12 +189,12 @@ def test_each_rule_is_needed(rule: str, variant: tuple[str, dict[str, Any]], nam
     setup = next(c for c in all_cases() if c.name == name).build()
     args = (setup.inputs, setup.targets)
     with pytest.raises(Unsupported, match=re.escape(words)):
-        get_backend(backend, **options).grads(setup.model, setup.loss_fn)(*args)
+        getattr(get_backend(backend, **options), quantity)(setup.model, setup.loss_fn)(*args)
     with unguarded(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(1)  # a permutation that moves every sample
-        result = get_backend(backend, **options).grads(setup.model, setup.loss_fn)(*args)
+        result = getattr(get_backend(backend, **options), quantity)(setup.model, setup.loss_fn)(*args)
     problem = Problem(setup.model, setup.loss_fn, *args, *args)
-    finding = Referee(problem, "grads", {}, RULE).same_function(result)
+    finding = Referee(problem, quantity, {}, RULE).same_function(result)
     assert finding.status in ("disagrees", "nonfinite"), "the library is right without the rule"
     assert finding.agreement is not None or finding.status == "nonfinite", "the form alone would show it"
 
