@@ -10,7 +10,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,8 @@ def watcher(
     hooked: Callable[[nn.Module], Iterable[Hooked]] = lambda model: (),
     *,
     functions: RowsOf | None = None,
-    repeats: bool | Literal["one module"] = False,
+    repeats: bool = False,
+    shares: bool = True,
 ) -> Callable[[Batch], AbstractContextManager[bool]]:
     """Build the check that refuses a model which a library would get wrong.
 
@@ -41,7 +41,8 @@ def watcher(
         hooked: The modules that the library hooks in a model.
         functions: Where the library takes the samples to be in functions called outside of hooked modules; None if it
             does not see those.
-        repeats: Whether it adds up the uses of a parameter by several calls, or just by those of one module.
+        repeats: Whether it adds up the uses of a parameter by several calls.
+        shares: Whether it knows a parameter of several modules for one.
 
     Returns:
         A function of the inputs that raises `Unsupported` with the module path, or the parameter's name, and the
@@ -79,7 +80,7 @@ def watcher(
                 raise Unsupported(reason)
             if not repeats:
                 _refuse_repeated(library, found)
-            elif repeats == "one module":
+            if not shares:
                 _refuse_shared(library, found)
 
     return watching

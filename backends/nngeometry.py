@@ -8,7 +8,7 @@ loss: the library sees what a backward pass to its first tensor meets, here a ze
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ from backends.running import batch_gradient, library_call
 @dataclass(frozen=True)
 class NNGeometry(Backend):
     """`PFMapDense` and `FMatDense` of the losses, with a `TorchHooksJacobianBackend`."""
+
+    narrow: ClassVar[bool] = True  # it may refuse everyday models: it knows no sequences, groups or embeddings
 
     def grads(self, model: nn.Module, loss_fn: LossFn) -> GradsFn:
         """Build the model's copy; see the contract."""

@@ -7,7 +7,7 @@ clipped sum. `autojac` gives the gradients themselves: ordinary autograd, vector
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, TypeVar
 
 import torch
 from pydantic import Field
@@ -30,6 +30,8 @@ from backends.batch import Batch, call
 from backends.module_calls import verify_gram, watcher
 from backends.probe import Hooked
 from backends.running import batch_gradient, culprit, first_sentence, library_call
+
+T = TypeVar("T")
 
 
 @register("torchjd", requires={"torchjd": "torchjd"})
@@ -76,22 +78,30 @@ class TorchJD(Backend):
 
         return self._with_gram(model, loss_fn, weighted)
 
-    def _with_gram(self, model: nn.Module, loss_fn: LossFn, then: Callable[[Tensor, Tensor, Named], Any]) -> Any:  # noqa: ANN401
+    def _with_gram(
+        self, model: nn.Module, loss_fn: LossFn, then: Callable[[Tensor, Tensor, Named], T]
+    ) -> Callable[[Batch, Tensor], T]:
         """Build the function that returns what `then` makes of Gram matrix [N, N], losses [N] and parameters."""
         from torchjd.autogram import Engine
 
-        watching = watcher("TorchJD", model, _hooked, repeats="one module")
+        watching = watcher("TorchJD", model, _hooked, repeats=True, shares=False)
         plain, model = own_copy(model), own_copy(model)
         parameters: Named = dict(trainable(model))
+        hooked = [h.module for h in _hooked(model)]
         try:
-            engine = Engine(*(h.module for h in _hooked(model)), batch_dim=0)
+            engine = Engine(*hooked, batch_dim=0)
         except ValueError as error:
             raise Unsupported(f"{culprit(error, model)}: {first_sentence(error)}") from error
 
-        def fn(inputs: Batch, targets: Tensor) -> Any:  # noqa: ANN401
+        def fn(inputs: Batch, targets: Tensor) -> T:
+            nonlocal engine
             with watching(inputs) as new:
                 with library_call(plain, model, loss_fn, inputs, targets):
-                    losses = loss_fn(call(model, inputs), targets)
+                    try:
+                        losses = loss_fn(call(model, inputs), targets)
+                    except BaseException:
+                        engine = Engine(*hooked, batch_dim=0)  # the old one would wait for this pass's backward
+                        raise
                     gram = engine.compute_gramian(losses)
                     result = then(gram, losses, parameters)
                 if new:
