@@ -32,6 +32,8 @@ class ExpandedWeights(Backend):
         _refuse_options(model)
 
         def fn(inputs: Batch, targets: Tensor) -> Named:
+            for p in parameters.values():
+                vars(p).pop("grad_sample", None)  # of a call that failed half-way
             with watching(inputs) as new:
                 with library_call(plain, model, loss_fn, inputs, targets):
                     per_sample = call_for_per_sample_grads(model, batch_size=size(inputs), loss_reduction="sum")
