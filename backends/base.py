@@ -79,6 +79,7 @@ class Backend(ABC):
     reference: ClassVar[bool] = False  # the backend that others are compared with; one is
     float64: ClassVar[bool] = True  # False: no float64 path, "the same function?" cannot be asked
     quantities: ClassVar[tuple[str, ...]] = QUANTITIES  # what it computes at all; it refuses the others
+    narrow: ClassVar[bool] = False  # True: it refuses everyday models too, since it knows few layers
     own_modes: ClassVar[frozenset[str]] = frozenset()  # of MODES, those that the class sees to by itself
 
     chunk_size: Count | None = None
