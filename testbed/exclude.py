@@ -67,7 +67,7 @@ def _unknown(key: str, value: object, there_is: Collection[Any]) -> str:
     """Return the sentence for a value that there is not: what was asked, what there is."""
     known = list(dict.fromkeys(map(_said, there_is)))  # in the experiment's order
     names = [choice.name for choice in there_is if isinstance(choice, Choice)]
-    meant = did_you_mean(_said(value), [*names, *known])
+    meant = did_you_mean(_said(value), [*names, *known]) if isinstance(value, str) else ""
     return f"unknown {key} '{_said(value)}'{meant}; available: {', '.join(known)}"
 
 
