@@ -25,7 +25,7 @@ RUN_EXAMPLES = """examples:
   python -m testbed experiments/mnist.yaml
   python -m testbed experiments/mnist.yaml --only naive,vmap --set batch_size=16 --set timing.rounds=5
   python -m testbed experiments/digits.yaml --device cuda --out runs/digits-on-gpu
-  python -m testbed experiments/scaling.yaml --set batch_size=[1,16] --set quantities=[norms]
+  python -m testbed experiments/scaling.yaml --set 'batch_size=[1, 16]' --set 'quantities=[norms]'
   python -m testbed my.yaml --plugin my_model.py --dry-run
 
 other commands, each with its own --help:

@@ -23,8 +23,9 @@ def _winner(records: Sequence[Record]) -> str:
             return ""
         return "No backend gave a right result that could be timed."
     best = min(right, key=lambda r: r.timing["median_s"])
-    said = [sentence(best.quantity, found) if (found := prices(records)) else f"Cheapest right backend: {best.label}."]
     base, value = best.timing["baseline"], best.timing["ratio"]
+    found = prices(records)
+    said = [sentence(best.quantity, found, base) if found else f"Cheapest right backend: {best.label}."]
     if value and best.label != base:
         low, high = best.timing["ratio_ci"]
         speed = f"{best.label} is {units.ratio(1 / value)} times as fast as {base}{units.interval([1 / high, 1 / low])}"

@@ -58,7 +58,7 @@ def notes(found: Sequence[tuple[str, ...]]) -> Iterator[str]:
     if any(RANGE in cell for row in found for cell in row):
         yield f"a{RANGE}b: at the smallest N of the line and at the largest."
     if any(cell.startswith(NEAR) for row in found for cell in row):
-        yield f"{NEAR.strip()} cannot be told apart from the cheapest."
+        yield f"{NEAR.strip()}: the lead of the cheapest over it may be noise."
 
 
 def _row(winner: str, stretch: Sequence[Win]) -> tuple[str, ...]:
@@ -68,7 +68,7 @@ def _row(winner: str, stretch: Sequence[Win]) -> tuple[str, ...]:
     rankings = [win.ranking for win in stretch]
     seconds = [(r[0], r[1]) for r in rankings if len(r) > 1]
     names = list(dict.fromkeys(second.backend for _, second in seconds))
-    near = NEAR if any(second.same_as(best) for best, second in seconds) else ""
+    near = NEAR if any(not best.is_less_than(second) for best, second in seconds) else ""
     bases = [next((p for p in r if p.backend == win.baseline), None) for r, win in zip(rankings, stretch, strict=True)]
     return (
         sizes,

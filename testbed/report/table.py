@@ -89,19 +89,18 @@ class Report:
             mine = list(group)
             common = [note for note in mine[0].notes if len(mine) > 1 and all(note in table.notes for table in mine)]
             if len(mine) > 1:
-                console.print(Text(problem, style="bold"))
+                console.print(Text(f"{problem}\n", style="bold"))
                 _print_notes(console, common)
             for table in mine:
                 console.print(Text(table.title if len(mine) > 1 else f"{table.title} · {problem}", style="bold"))
-                console.print(_grid(table, console.width))
+                console.print(_grid(table, console.width), "")
                 _print_notes(console, [note for note in table.notes if note not in common])
         if found := self.summary():
             console.print(Text("Who wins where", style="bold"))
             console.print(f"{summary.EXPLANATION}\n")
             for table in found:
                 console.print(Text(table.problem, style="bold"))
-                console.print(_grid(table, console.width))
-                console.print()
+                console.print(_grid(table, console.width), "")
             _print_notes(console, list(dict.fromkeys(note for table in found for note in table.notes)))
 
     def _repr_html_(self) -> str:
@@ -166,7 +165,6 @@ def _stacked(text: str) -> str:
 
 
 def _print_notes(console: Console, found: Sequence[str]) -> None:
-    console.print()
     for note in found:
         console.print(Text(f"• {note}"))
     if found:
