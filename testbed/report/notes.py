@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from testbed.records import Record
 from testbed.report import units
+from testbed.report.prices import prices, sentence
 
 LAUNCH_BOUND = 0.9  # of the time spent in launching: the device waits for the host
 
@@ -22,15 +23,14 @@ def _winner(records: Sequence[Record]) -> str:
             return ""
         return "No backend gave a right result that could be timed."
     best = min(right, key=lambda r: r.timing["median_s"])
-    text = f"Cheapest right backend: {best.label}"
-    if step := best.timing.get("ordinary"):
-        text += f", {units.ratio(step['ratio'])} ordinary steps"
-    base, value = best.timing["baseline"], best.timing["ratio"]
+    base, value = best.timing.get("baseline"), best.timing.get("ratio")
+    found = prices(records)
+    said = [sentence(best.quantity, found, base) if found else f"Cheapest right backend: {best.label}."]
     if value and best.label != base:
         low, high = best.timing["ratio_ci"]
-        speed = f"{units.ratio(1 / value)} times as fast as {base}{units.interval([1 / high, 1 / low])}"
-        text += f"; {speed}" if best.timing["verdict"] == "faster" else f"; {speed}, which may be noise"
-    return text + "."
+        speed = f"{best.label} is {units.ratio(1 / value)} times as fast as {base}{units.interval([1 / high, 1 / low])}"
+        said.append(f"{speed}." if best.timing["verdict"] == "faster" else f"{speed}, which may be noise.")
+    return " ".join(said)
 
 
 def _reasons(records: Sequence[Record]) -> list[str]:
@@ -77,8 +77,8 @@ def _checked(records: Sequence[Record]) -> list[str]:
     if "dropout" in about:
         found.append("Dropout: masks were drawn once and given to every backend as inputs.")
     asked = next((r.agreement for r in records if "checked_samples" in r.agreement), {})
-    n, checked = about["batch_size"], asked.get("checked_samples", about["batch_size"])
-    if checked < n:
+    n = about.get("batch_size", 0)
+    if (checked := asked.get("checked_samples", n)) < n:
         found.append(f"Agreement was checked on {checked} of {n} samples, drawn at random.")
     if asked.get("nondeterminism"):
         gap = asked["nondeterminism"]
@@ -100,9 +100,10 @@ def _noise(records: Sequence[Record]) -> str:
     timed = next((r for r in records if r.timing.get("floor") is not None), None)
     if timed is None:
         return ""
-    why = "all asked for" if timed.timing["stopped_by"] == "rounds" else "time was up"
+    why = "all asked for" if timed.timing.get("stopped_by") == "rounds" else "time was up"
+    base = timed.timing.get("baseline", "The baseline")
     return (
-        f"{timed.timing['rounds']} rounds ({why}). {timed.timing['baseline']} against itself was off by up to "
+        f"{timed.timing.get('rounds', '?')} rounds ({why}). {base} against itself was off by up to "
         f"{100 * timed.timing['floor']:.1f} %: smaller differences are not called."
     )
 
