@@ -149,7 +149,7 @@ MISTAKES = {
     ),
     "option of a backend that has none": (
         BASE + "backends: [{naive: {▸mode: ew}}]",
-        "backend 'naive' has no option 'mode'; it has none",
+        "backend 'naive' has no option 'mode'; options: chunk_size, chunk_bytes, compile, cuda_graph, autocast",
     ),
     "bad choice of a backend's option": (
         BASE + "backends: [naive, {opacus: {mode: ▸hook}}]",

@@ -13,7 +13,11 @@ LAUNCH_BOUND = 0.9  # of the time spent in launching: the device waits for the h
 def notes(records: Sequence[Record]) -> list[str]:
     """Return the notes on the records of one problem and quantity."""
     found = [_winner(records), *_reasons(records), *_ill_conditioned(records), *_unasked(records), *_checked(records)]
-    return [note for note in [*found, *_launch_bound(records), *_warnings(records), _noise(records)] if note]
+    return [
+        note
+        for note in [*found, *_compiled(records), *_launch_bound(records), *_warnings(records), _noise(records)]
+        if note
+    ]
 
 
 def _winner(records: Sequence[Record]) -> str:
@@ -65,6 +69,17 @@ def _unasked(records: Sequence[Record]) -> list[str]:
         for r in asked
         if "same_function" not in r.agreement
     ]
+
+
+def _compiled(records: Sequence[Record]) -> list[str]:
+    found = []
+    for r in records:
+        if "compile_s" in r.phases:
+            text = f"{r.label}: compiling took {units.seconds(r.phases['compile_s'])}, which its first call leaves out"
+            if anew := r.phases.get("recompiles"):
+                text += f"; it was compiled {anew} more time{'s' if anew > 1 else ''} while it was timed and checked"
+            found.append(f"{text}.")
+    return found
 
 
 def _warnings(records: Sequence[Record]) -> list[str]:
