@@ -89,7 +89,10 @@ def _runner(what: Any, original: nn.Module, model: nn.Module, loss_fn: LossFn) -
     for path, module in model.named_modules():
         if any(p.requires_grad for p in module.parameters(recurse=False)):
             _refuse_options(path, module)
-            layers.add_layer_from_model(model, module)
+            try:
+                layers.add_layer_from_model(model, module)
+            except NotImplementedError:
+                raise Unsupported(f"{describe(path, module)}: NNGeometry has no rule for such a layer") from None
     usual, exact = torch.get_default_dtype(), next(iter(trainable(model).values())).dtype
 
     @contextmanager
@@ -134,11 +137,9 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _refuse_options(path: str, layer: nn.Module) -> None:
-    """Refuse the layers that NNGeometry has no rule for, and the options that its rules do not look at."""
-    from nngeometry.layercollection import LayerCollection
-
-    known = type(layer).__module__.startswith("torch.nn.") and type(layer).__name__ in LayerCollection._known_modules
-    if not known or {name for name, _ in layer.named_parameters(recurse=False)} - {"weight", "bias"}:
+    """Refuse the layers that only look as if NNGeometry had a rule, and the options that its rules do not look at."""
+    own = {name for name, _ in layer.named_parameters(recurse=False)}
+    if not type(layer).__module__.startswith("torch.nn.") or own - {"weight", "bias"}:  # it goes by the type's name
         raise Unsupported(f"{describe(path, layer)}: NNGeometry has no rule for such a layer")
     for wrong in (_pads_with_zeros, _ignores_groups, _ignores_eps):
         if guarded() and (reason := wrong(layer)):
