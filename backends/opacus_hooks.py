@@ -36,6 +36,7 @@ def wrapped_by_opacus(model: nn.Module, hooked: Sequence[Hooked], **options: Any
     except NotImplementedError as error:
         raise Unsupported(f"{culprit(error, model)}: {first_line(error)}") from error
     _capture_in_eval(hooked)
+    model.register_forward_pre_hook(lambda *_: _forget(hooked), prepend=True)
     return wrapped
 
 
@@ -85,6 +86,15 @@ def _capture_in_eval(hooked: Sequence[Hooked]) -> None:
         if not h.module.training:
             h.module.register_forward_hook(lambda module, *_: setattr(module, "training", True), prepend=True)
             h.module.register_forward_hook(lambda module, *_: setattr(module, "training", False))
+
+
+def _forget(hooked: Sequence[Hooked]) -> None:
+    """Drop what a call left that failed after its forward pass: Opacus would wait for the backward pass of it."""
+    for h in hooked:
+        vars(h.module).pop("activations", None)
+        for p in h.module.parameters():
+            vars(p).pop("_current_grad_sample", None)
+            p._forward_counter = 0  # type: ignore[attr-defined]
 
 
 def _pads_with_zeros(layer: nn.Module) -> str | None:
