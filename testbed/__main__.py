@@ -8,7 +8,8 @@ import traceback
 from collections.abc import Sequence
 
 from testbed.problems import ProblemError
-from testbed.records import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE
+from testbed.records import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, CannotWrite
+from testbed.shield import stoppable
 from testbed.yaml_source import ConfigError
 
 COMMANDS = ("calibrate", "conformance", "list", "precision")  # all else is an experiment to run
@@ -22,12 +23,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subcommand = bool(arguments) and arguments[0] in COMMANDS
     command = importlib.import_module(f"testbed.commands.{arguments[0] if subcommand else 'run'}")
     try:
-        code: int = command.main(arguments[1:] if subcommand else arguments)
+        with stoppable():
+            code: int = command.main(arguments[1:] if subcommand else arguments)
         sys.stdout.flush()
         return code
     except (ConfigError, ProblemError) as error:
         print(f"testbed: error: {error}", file=sys.stderr)
         return EXIT_USAGE
+    except CannotWrite as error:
+        print(f"testbed: error: {error}", file=sys.stderr)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         print("testbed: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

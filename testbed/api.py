@@ -1,6 +1,8 @@
 """The Python API: compare backends on a model of your own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +15,12 @@ from backends.batch import Batch, apply, size, take
 from backends.registry import UnknownName, check_options, unknown
 from testbed.agreement import RULES, Rule
 from testbed.cell import Cell
+from testbed.child import Isolation
 from testbed.experiment import Choice, Experiment, Timing
 from testbed.problems import Problem, make_problem
 from testbed.records import Record
 from testbed.report import Report
-from testbed.runner import Emit, Progress, Settings, run
+from testbed.runner import Emit, Progress, Settings, identify, run
 
 Chosen = str | Mapping[str, Mapping[str, Any]]
 """A name, or {name: {option: value}}, as in YAML."""
@@ -77,7 +80,7 @@ def compare(
     problem = Problem(model, loss_fn, inputs, targets, fresh_inputs, fresh_targets)
     chosen = [Choice.model_validate(b) for b in backends] if backends else [Choice.of(name) for name in available()]
     wanted = [Choice.model_validate(q) for q in quantities]
-    about = {
+    said = {
         "model": type(model).__name__,
         "loss": getattr(loss_fn, "__name__", type(loss_fn).__name__),
         "batch_size": problem.n,
@@ -86,11 +89,11 @@ def compare(
     }
     if baseline is not None and baseline not in [choice.name for choice in chosen]:
         raise UnknownName(unknown("baseline", baseline, [choice.name for choice in chosen]))
-    settings = Settings(
+    how = Settings(
         "compare", rule(Choice.model_validate(agreement)), **timing.model_dump(), baseline=baseline, seed=seed
     )
     records: list[Record] = []
-    run(lambda: problem, about, cells(chosen, wanted), settings, lambda record, _: records.append(record), progress)
+    run(lambda: problem, said, cells(chosen, wanted), how, lambda record, _: records.append(record), progress)
     return Report(records)
 
 
@@ -117,9 +120,24 @@ def check_arguments(model: nn.Module, loss_fn: LossFn, inputs: Batch, targets: T
 
 
 def run_experiment(
-    experiment: Experiment, name: str, device: torch.device, emit: Emit, progress: Progress | None = None
+    experiment: Experiment,
+    name: str,
+    device: torch.device,
+    emit: Emit,
+    progress: Progress | None = None,
+    isolation: Isolation | None = None,
+    finished: Container[str] = (),
 ) -> None:
     """Run an experiment; each record is given to `emit` the moment its cell ends.
+
+    Args:
+        experiment: What to run.
+        name: Its name, for the records.
+        device: Where.
+        emit: Takes each record.
+        progress: Hears what is going on.
+        isolation: What the children may take that run the cells; None runs all in this process.
+        finished: Identities of cells that have their record already.
 
     Raises:
         ProblemError: The problem cannot be made.
@@ -127,7 +145,26 @@ def run_experiment(
     """
     set_precision(experiment)
     e = experiment
-    about = {
+    make, chosen = partial(_make, e, device), cells(e.resolved_backends(), e.quantities)
+    run(make, about(e, device), chosen, settings(e, name), emit, progress, isolation, finished)
+
+
+def identities(experiment: Experiment, device: torch.device, isolation: Isolation | None) -> list[str]:
+    """Return the identities of an experiment's cells, as they would be run here and now, in the order of the table."""
+    set_precision(experiment)
+    e = experiment
+    chosen = cells(e.resolved_backends(), e.quantities)
+    return [identify(cell, about(e, device), settings(e, ""), isolation) for cell in chosen]
+
+
+def isolated(experiment: Experiment, plugins: Sequence[str] = ()) -> Isolation:
+    """Return what an experiment lets the children take that run its cells, and what they load first."""
+    return Isolation(**experiment.limits.model_dump(), plugins=tuple(str(Path(file).resolve()) for file in plugins))
+
+
+def about(e: Experiment, device: torch.device) -> dict[str, Any]:
+    """Return what records say of an experiment's problem."""
+    return {
         "model": str(e.model),
         "data": str(e.data),
         "loss": str(e.loss),
@@ -139,8 +176,15 @@ def run_experiment(
         "tf32": e.tf32,
     }
 
-    settings = Settings(name, rule(e.agreement), **e.timing.model_dump(), baseline=e.resolved_baseline(), seed=e.seed)
-    run(lambda: problem_of(e, device), about, cells(e.resolved_backends(), e.quantities), settings, emit, progress)
+
+def settings(e: Experiment, name: str) -> Settings:
+    """Return how an experiment's cells are run."""
+    return Settings(name, rule(e.agreement), **e.timing.model_dump(), baseline=e.resolved_baseline(), seed=e.seed)
+
+
+def _make(e: Experiment, device: torch.device) -> Problem:
+    set_precision(e)  # a child has switches of its own
+    return problem_of(e, device)
 
 
 def problem_of(e: Experiment, device: torch.device) -> Problem:

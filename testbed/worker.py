@@ -25,6 +25,7 @@ from testbed.cell import Cell
 from testbed.integrity import Snapshot
 from testbed.problems import Problem
 from testbed.referee import Finding, Referee
+from testbed.store import Store
 
 ORDINARY = "ordinary step"
 Fn = Callable[[Batch, Tensor], Any]
@@ -69,11 +70,19 @@ class Worker:
         quantity: What the cells compute.
         quantity_options: The quantity's options.
         rule: When a result agrees.
+        store: What the reference has computed for all processes.
     """
 
-    def __init__(self, problem: Problem, quantity: str, quantity_options: Mapping[str, Any], rule: Rule) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        quantity: str,
+        quantity_options: Mapping[str, Any],
+        rule: Rule,
+        store: Store | None = None,
+    ) -> None:
         self.problem, self.quantity, self.options, self.rule = problem, quantity, dict(quantity_options), rule
-        self.referee = Referee(problem, quantity, quantity_options, rule)
+        self.referee = Referee(problem, quantity, quantity_options, rule, store=store)
         self.snapshots = [Snapshot.of(problem), Snapshot.of(self.referee.few)]
         self.functions: dict[str, Fn] = {ORDINARY: ordinary_step(problem)}
         self.timed = apply(torch.clone, problem.inputs), problem.targets.clone()  # rewritten in place by `finish`
@@ -98,7 +107,16 @@ class Worker:
         except (Exception, SystemExit) as error:
             outcome.fail(error)
         self._blame_for_changes(outcome)
+        self._let_go()
         return outcome
+
+    def again(self, cell: Cell, name: str) -> None:
+        """Give a cell a second name to be timed under; a cell that was not started here is prepared."""
+        if cell.label not in self.functions:
+            with _listening():
+                method = getattr(get_backend(cell.backend, **cell.options), self.quantity)
+                self.functions[cell.label] = method(self.problem.model, self.problem.loss_fn, **self.options)
+        self.functions[name] = self.functions[cell.label]
 
     def time(self, name: str) -> timing.Sample:
         """Time one call of a started cell, or of the ordinary step.
@@ -114,7 +132,7 @@ class Worker:
             if change := self._restore():
                 raise Broken(change)
 
-    def finish(self, cell: Cell, outcome: Outcome) -> None:
+    def finish(self, cell: Cell, outcome: Outcome) -> Outcome:
         """Measure memory, and ask again: on data that the function has not seen, and for the contract's promises."""
         fn, p = self.functions[cell.label], self.problem
         try:
@@ -134,6 +152,15 @@ class Worker:
             outcome.fail(error)
         self._in_place(p.inputs, p.targets)
         self._blame_for_changes(outcome)
+        self._let_go()
+        return outcome
+
+    def _let_go(self) -> None:
+        """Give memory back that only the check has needed: others run on the same device."""
+        self.referee.forget()
+        if self.referee.store is not None and self.problem.device.type == "cuda":
+            with suppress(RuntimeError):  # after an illegal access every call fails; the cell has said so already
+                torch.cuda.empty_cache()
 
     def _in_place(self, inputs: Batch, targets: Tensor) -> tuple[Batch, Tensor]:
         """Return data written into the very tensors that were timed: results that are kept for a tensor then show."""
