@@ -80,7 +80,8 @@ class Limits(_Frozen):
 
     timeout_s: Annotated[float, Field(gt=0)] = Field(600.0, description="Seconds for a step of a cell.")
     memory_gb: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="GB of host memory a process may take (Linux); on a CPU what is free at the start if left out."
+        None,
+        description="GB of host memory a process may take (Linux); on a CPU what is free at the start if left out.",
     )
 
 
@@ -196,7 +197,8 @@ def _first_problem(error: ValidationError, source: Source) -> str:
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     path: KeyPath = tuple(problem["loc"])
     if problem["type"] == "extra_forbidden":
-        owner = {"timing": Timing, "limits": Limits}.get(str(path[0]), Experiment)
+        parts: dict[str, type[BaseModel]] = {"timing": Timing, "limits": Limits}
+        owner = parts.get(str(path[0]), Experiment)
         known = list(owner.model_fields)
         asked = f"unknown key '{path[-1]}'{did_you_mean(path[-1], known)}; allowed: {', '.join(known)}"
         return f"{source.place(path, key=True)}: {asked}"

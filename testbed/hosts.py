@@ -1,8 +1,8 @@
 """Who takes the steps of a run's cells: this process, or a child for each backend."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Self
 
@@ -13,25 +13,20 @@ from testbed.store import Store, TemporaryStore
 HOUSE = "the problem"  # the host of what is no backend's: problem, truth, ordinary step, limit, the baseline's double
 
 
-class Hosts(ABC):
+class Hosts(AbstractContextManager["Hosts"]):
     """Hosts by the label of a cell, or `HOUSE`; to be used in a `with` statement."""
 
     @abstractmethod
     def __getitem__(self, label: str) -> Steps:
         """Return the host of a label; a new one where the last was discarded."""
 
+    @abstractmethod
     def discard(self, label: str) -> None:
         """Take no more steps with this host: what has failed in it may have left anything behind."""
 
+    @abstractmethod
     def pids(self) -> list[int]:
         """Return the numbers of the child processes."""
-        return []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
 
 
 class InProcess(Hosts):
@@ -43,6 +38,16 @@ class InProcess(Hosts):
     def __getitem__(self, label: str) -> Steps:
         """Return the one host."""
         return self._host
+
+    def discard(self, label: str) -> None:
+        """Keep the one host: there is no other process to start."""
+
+    def pids(self) -> list[int]:
+        """Return nothing: there are no children."""
+        return []
+
+    def __exit__(self, *error: object) -> None:
+        """Leave nothing behind."""
 
 
 class Children(Hosts):

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -195,7 +196,7 @@ class _Group:
             hosts[HOUSE].truth(fresh=False)
         for label, cell in list(self.running.items()):
             self.progress.step(label)
-            self.step(hosts, label, lambda cell=cell: hosts[cell.label].start(cell))
+            self.step(hosts, label, partial(hosts[label].start, cell))
         if self.running:
             with suppress(Failed):
                 self.limit = hosts[HOUSE].limit()
@@ -205,8 +206,7 @@ class _Group:
         self.progress.begin(f"{self.quantity}: memory, and agreement on fresh data", len(self.running))
         for label, cell in list(self.running.items()):
             self.progress.step(label)
-            outcome = self.outcomes[label]
-            self.step(hosts, label, lambda cell=cell, outcome=outcome: hosts[cell.label].finish(cell, outcome))
+            self.step(hosts, label, partial(hosts[label].finish, cell, self.outcomes[label]))
             if label in self.running:
                 self.end(label)
 
