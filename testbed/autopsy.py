@@ -7,6 +7,7 @@ from pathlib import Path
 
 NO_MEMORY = re.compile(r"bad_alloc|[Cc]annot allocate memory|can't allocate memory|MemoryError|Thread creation failed")
 FAULT = "Fatal Python error: "  # `faulthandler` writes so, and then where
+CURRENT = "Current thread "  # the one that crashed, among others that wait
 PLACE = re.compile(r'^  File "(?:.*/)?([^"/]+)", line (\d+) in (.+)$', re.MULTILINE)
 LONGEST = 200  # characters of a line that are quoted
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
@@ -31,7 +32,7 @@ def cause(code: int | None, said: str, oom_killed: bool) -> tuple[str, str]:
     written, _, fault = said.partition(FAULT)
     if NO_MEMORY.search(written):
         status = "oom"
-    if place := PLACE.search(fault):
+    if place := PLACE.search(fault.partition(CURRENT)[2]):
         how += f" in {place[3]} ({place[1]}:{place[2]})"
     line = last_line(written)
     return status, f"{how}; its last output: {line}" if line else how

@@ -90,13 +90,18 @@ class Child:
         theirs.close()
         writer.close()
         self._output = _Output(reader, self.kill)
-        self._begun: tuple[str, Mapping[str, Any]] | None = None
         self._ready = False
 
     @property
     def pid(self) -> int:
         """The process' number."""
         return self._process.pid or 0
+
+    def settle(self) -> None:
+        """Wait until the process has started; it may raise `Failed`, as every step may."""
+        if not self._ready:
+            self._receive("starting the process", STARTUP_S, "")
+            self._ready = True
 
     def make(self) -> dict[str, Any]:
         """See `Steps`."""
@@ -148,9 +153,7 @@ class Child:
         self._output.close()
 
     def _ask(self, step: str, *arguments: object) -> Any:  # noqa: ANN401  whatever the step returns
-        if not self._ready:
-            self._receive("starting the process", STARTUP_S, "")
-            self._ready = True
+        self.settle()
         self._output.begin()
         try:
             self._pipe.send((step, arguments))

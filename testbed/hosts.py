@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Self
 
 from testbed.child import Child, Isolation
-from testbed.host import Host, Setup, Steps
+from testbed.host import Failed, Host, Setup, Steps
 from testbed.store import Store, TemporaryStore
 
 HOUSE = "the problem"  # the host of what is no backend's: problem, truth, ordinary step, limit, the baseline's double
@@ -23,6 +23,10 @@ class Hosts(AbstractContextManager["Hosts"]):
     @abstractmethod
     def discard(self, label: str) -> None:
         """Take no more steps with this host: what has failed in it may have left anything behind."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Wait until every host only waits, so that none takes from another's time."""
 
     @abstractmethod
     def pids(self) -> list[int]:
@@ -41,6 +45,9 @@ class InProcess(Hosts):
 
     def discard(self, label: str) -> None:
         """Keep the one host: there is no other process to start."""
+
+    def settle(self) -> None:
+        """Wait for nothing: there are no children."""
 
     def pids(self) -> list[int]:
         """Return nothing: there are no children."""
@@ -89,6 +96,14 @@ class Children(Hosts):
         """End the child of a label."""
         if label in self._children:
             self._children.pop(label).close()
+
+    def settle(self) -> None:
+        """Wait until every child has imported what it needs; one that cannot is tried again when it is asked."""
+        for label, child in list(self._children.items()):
+            try:
+                child.settle()
+            except Failed:
+                self.discard(label)
 
     def pids(self) -> list[int]:
         """Return the numbers of the child processes."""

@@ -123,6 +123,7 @@ def run(
                 group.about |= facts
             progress.step("does every sample have a gradient of its own?")
             hosts[HOUSE].check()
+            hosts.settle()
             for group in groups:
                 group.run(hosts)
     except Unsupported as error:
