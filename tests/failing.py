@@ -16,6 +16,7 @@ from backends import get_backend
 from backends.base import Backend, GradsFn, LossFn, register
 from backends.batch import Batch
 
+
 def _segfault() -> None:
     print("about to read address 0", file=sys.stderr, flush=True)
     ctypes.string_at(0)
@@ -53,7 +54,6 @@ DEEDS: dict[str, Callable[[], Any]] = {
     "host_memory": lambda: torch.empty(6 * 10**9, dtype=torch.uint8),  # would fit, but for the limit
     "cuda_memory": _no_cuda_memory,
     "poisoned": _poisoned,
-    "raises": lambda: 1 / 0,
     "interrupts": _interrupts,
     "flood": _flood,
 }
