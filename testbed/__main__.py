@@ -1,5 +1,6 @@
 """The command line: `python -m testbed EXPERIMENT.yaml`, or one of the subcommands in `testbed/commands/`."""
 
+import errno
 import importlib
 import io
 import os
@@ -12,6 +13,7 @@ from testbed.records import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, CannotWri
 from testbed.shield import stoppable
 from testbed.yaml_source import ConfigError
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
 COMMANDS = ("calibrate", "conformance", "list", "precision")  # all else is an experiment to run
 
 
@@ -39,8 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has enough, as in `… list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
         return EXIT_INTERRUPTED
-    except Exception:  # a fault of the program or of a plug-in; Python's own exit code 1 would say "a backend is wrong"
-        traceback.print_exc()
+    except (
+        Exception
+    ) as error:  # a fault of the program or of a plug-in; Python's own exit code 1 would say "a backend is wrong"
+        if isinstance(error, OSError) and error.errno in FULL:
+            print(f"testbed: error: {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        else:
+            traceback.print_exc()
         return EXIT_FAILED
 
 

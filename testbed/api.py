@@ -1,6 +1,7 @@
 """The Python API: compare backends on a model of your own."""
 
-from collections.abc import Container, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from backends.registry import UnknownName, check_options, unknown
 from testbed.agreement import RULES, Rule
 from testbed.cell import Cell
 from testbed.child import Isolation
+from testbed.environment import source_of
 from testbed.experiment import Choice, Experiment, Timing
-from testbed.problems import Problem, make_problem
+from testbed.problems import DATA, LOSSES, MODELS, Problem, make_problem
 from testbed.records import Record
 from testbed.report import Report
 from testbed.runner import Emit, Progress, Settings, identify, run
@@ -174,7 +176,14 @@ def about(e: Experiment, device: torch.device) -> dict[str, Any]:
         "dtype": e.dtype,
         "device": str(device),
         "tf32": e.tf32,
+        "source": source_of(*_files(MODELS[e.model.name], DATA[e.data.name], LOSSES[e.loss.name])),
     }
+
+
+def _files(*things: Callable[..., Any]) -> list[Path]:
+    """Return the files in which functions or classes are defined; what was typed into an interpreter has none."""
+    found = [inspect.getsourcefile(thing) for thing in things]
+    return [Path(file) for file in found if file and Path(file).is_file()]
 
 
 def settings(e: Experiment, name: str) -> Settings:

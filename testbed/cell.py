@@ -45,8 +45,8 @@ def identity(
 ) -> str:
     """Return the cell's identity: a hash of everything that could change its numbers.
 
-    That is the problem, the cell, how it is measured, code (`source`, `backend_source`, `plugins`, `commit`, `dirty`)
-    and machine. The experiment's name, the limits and a GPU's momentary clocks change none.
+    That is the problem, the cell, how it is measured, code (`source`, `backend_source`, the problem's own `source`,
+    `commit`, `dirty`) and machine. The experiment's name, the limits and a GPU's momentary clocks change none.
     """
     everything = [
         cell.backend,

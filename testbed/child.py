@@ -9,7 +9,6 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
-import resource
 import signal
 import sys
 import threading
@@ -259,6 +258,8 @@ def serve(pipe: Connection, output: Connection, plugins: Sequence[str], about: b
     torch.set_num_threads(threads)
     host = Host(setup)
     if memory_gb is not None:
+        import resource  # not on Windows, where runs are in-process
+
         # Not RLIMIT_AS: CUDA reserves more addresses than any machine has memory. Data is what can be written to.
         resource.setrlimit(resource.RLIMIT_DATA, (int(memory_gb * BYTES),) * 2)
     pipe.send((None, None))

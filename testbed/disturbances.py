@@ -51,11 +51,13 @@ class Watch:
         self._own = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
         self._cpu = Clock("CPU")
         self._gpu = _Gpu(device, {p.pid for p in self._own}) if device.type == "cuda" else None
+        self._seconds: dict[int, float] = {}  # that each of our own has used; kept of one that has ended
         self._start, self._busy, self._mine = time.monotonic(), psutil.cpu_times(), self._used()
         self._throttled = _throttle_count()
 
     def look(self) -> None:
-        """Look at what changes from moment to moment; takes far less than a millisecond on a CPU."""
+        """Look at what changes from moment to moment; between rounds, so that nothing timed is disturbed by it."""
+        self._used()
         with suppress(OSError, NotImplementedError, AttributeError):
             if (found := psutil.cpu_freq()) is not None:
                 self._cpu.seen.append(found.current)
@@ -78,11 +80,10 @@ class Watch:
 
     def _used(self) -> float:
         """Return the seconds of processor time that our own processes have used."""
-        total = 0.0
         for process in self._own:
             with suppress(psutil.Error):
-                total += sum(process.cpu_times()[:4])  # user, system, and of the children that have ended
-        return total
+                self._seconds[process.pid] = sum(process.cpu_times()[:4])  # user, system, and both of ended children
+        return sum(self._seconds.values())
 
 
 def busy(times: Any) -> float:  # noqa: ANN401  psutil's own type differs from system to system

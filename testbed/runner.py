@@ -5,7 +5,6 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +16,7 @@ from testbed.agreement import Rule
 from testbed.cell import Cell, identity, source_hash
 from testbed.child import Isolation, with_default
 from testbed.disturbances import Watch
-from testbed.environment import environment, source_of
+from testbed.environment import environment
 from testbed.host import Failed, Make, Setup
 from testbed.hosts import HOUSE, Children, Hosts, InProcess
 from testbed.records import FAILED, SCHEMA, Record, with_options
@@ -134,7 +133,7 @@ def run(
             group.end_all(Outcome(failed.status, f"the problem: {failed.reason}", traceback=failed.details))
     except KeyboardInterrupt:
         for group in groups:
-            group.end_all(Outcome(status="interrupted", reason="stopped by Ctrl-C"))
+            group.end_all(Outcome(status="interrupted", reason="stopped by Ctrl-C or a signal"))
         raise
 
 
@@ -153,7 +152,6 @@ def _environment(cell: Cell, about: Mapping[str, Any], isolation: Isolation | No
     found |= {"schema": SCHEMA, "processes": "one a backend" if isolation else "one"}
     if isolation:
         found["limits"] = {"timeout_s": isolation.timeout_s, "memory_gb": isolation.memory_gb}
-        found["plugins"] = {Path(file).name: source_of(Path(file)) for file in isolation.plugins}
     return found
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 @contextmanager
@@ -39,7 +39,8 @@ def _handling(handler: Callable[[int, FrameType | None], object]) -> Iterator[No
     if threading.current_thread() is not threading.main_thread():  # signals never come to another
         yield
         return
-    before = {number: signal.signal(number, handler) for number in STOPPING}
+    heeded = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]  # `nohup` ignores SIGHUP
+    before = {number: signal.signal(number, handler) for number in heeded}
     try:
         yield
     finally:
