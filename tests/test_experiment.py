@@ -440,7 +440,8 @@ quantities: [grads, {clipped_sum: {max_norm: 0.5}}]
 backends: [vmap, {vmap: {chunk_size: 3}}, {opacus: {mode: ew}}]
 baseline: vmap
 agreement: {allclose: {atol: 1e-5, rtol: 0}}
-timing: {rounds: 3, max_s: 1.5, warmup: 0}
+timing: {rounds: 3, max_s: 1.5, warmup: 0, precision: 0.1}
+limits: {timeout_s: 60, memory_gb: 2.5}
 expect: {opacus(mode=ew): ok, vmap: unsupported}
 """
 
