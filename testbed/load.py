@@ -11,7 +11,7 @@ from backends.base import BACKENDS, QUANTITIES, Backend
 from backends.registry import did_you_mean, explain, unknown
 from testbed.exclude import HERE, check_exclude, useful
 from testbed.expand import MAX_CELLS, Known, Part, choices, combinations, items
-from testbed.experiment import Experiment, Timing, Workload
+from testbed.experiment import Experiment, Limits, Timing, Workload
 from testbed.names import REGISTRIES, check_names
 from testbed.yaml_source import ConfigError, KeyPath, Source, read
 
@@ -144,13 +144,16 @@ def _validated(schema: type[T], value: Any, part: Part) -> T:  # noqa: ANN401  w
         raise ConfigError(_first_problem(error, schema, part)) from None
 
 
+PARTS: dict[str, type[BaseModel]] = {"timing": Timing, "limits": Limits}  # keys with keys of their own
+
+
 def _first_problem(error: ValidationError, schema: type[BaseModel], part: Part) -> str:
     """Return the first of pydantic's errors as one line with its place; a key that is misspelt is not missing."""
     problems: Any = error.errors()
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     path: KeyPath = tuple(problem["loc"])
     if problem["type"] == "extra_forbidden":  # keys at the top level have been looked at
-        return _unknown_key(path, Timing.model_fields, part)
+        return _unknown_key(path, PARTS[str(path[0])].model_fields, part)
     hint = f": {schema.model_fields[str(path[0])].description}" if problem["type"] == "missing" else ""
     return f"{part.place(path)}: {explain(problem)}{hint}"
 

@@ -4,6 +4,7 @@ The truth is what the reference backend computes in float64; the yardstick is wh
 """
 
 import copy
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -30,6 +31,7 @@ from testbed.diagnosis import explain, explain_calls
 from testbed.form import nonfinite, wrong_form
 from testbed.mistakes import often_meant
 from testbed.problems import Problem
+from testbed.store import Store
 
 Again: TypeAlias = Callable[[], Any]
 """The same call once more."""
@@ -75,8 +77,9 @@ class Referee:
         rule: Rule,
         few: int = FEW,
         autocast: str | None = None,
+        store: Store | None = None,
     ) -> None:
-        self.quantity, self.options, self.rule = quantity, dict(options), rule
+        self.quantity, self.options, self.rule, self.store = quantity, dict(options), rule, store
         self.autocast, self.u = autocast, _roundoff(problem, autocast)
         numbers = sum(p.numel() for p in trainable(problem.model).values()) if quantity == "grads" else 1
         most = max(FEW, BUDGET // (8 * numbers)) if quantity in INDEPENDENT else problem.n
@@ -193,8 +196,37 @@ class Referee:
         if key not in self._known:
             for old in [k for k in self._known if k[1] != fresh]:
                 del self._known[old]  # the results on two batches of a large problem need not fit together
-            self._known[key] = self._compute(problem.model, problem.loss_fn, *batch_of(problem, fresh))
+            self._known[key] = self._shared(what, problem, fresh)
         return self._known[key]
+
+    def _shared(self, what: str, problem: Problem, fresh: bool) -> Result:
+        """Return what the reference computes, from the store where another process has computed it."""
+
+        def compute() -> Result:
+            return self._compute(problem.model, problem.loss_fn, *batch_of(problem, fresh))
+
+        if self.store is None:
+            return compute()
+        options = zlib.crc32(repr(sorted(self.options.items())).encode())
+        batch = "fresh" if fresh else "batch"
+        arithmetic = f" {self.autocast}" if self.autocast else ""
+        return self.store.kept(f"truth {self.quantity} {options:08x} {what} {batch}{arithmetic}", compute)
+
+    def share(self, *, fresh: bool) -> None:
+        """Compute what `same_function` and `precision` ask the reference for, where others take it from the store."""
+        if self.store is None:
+            return
+        self.store.drop("truth *")  # of the quantity before, and of the other batch
+        self.truth(fresh=fresh)
+        self.yardsticks(fresh=fresh)
+        if not fresh and self.rule.same_function and self.few is not self.wide:
+            self._reference("few", self.few, fresh=False)
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what the store has: while others are timed, it would take memory for nothing."""
+        if self.store is not None:
+            self._known.clear()
 
     def _compute(self, model: torch.nn.Module, loss_fn: LossFn, inputs: Batch, targets: Tensor) -> Result:
         fn = getattr(get_backend(reference(), autocast=self.autocast), self.quantity)(model, loss_fn, **self.options)

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 import testbed
-from testbed.api import about_problem, run_experiment, set_precision
+from testbed.api import about_problem, identities, isolated, run_experiment, set_precision
 from testbed.commands.plugins import add_plugin, load_plugins
 from testbed.experiment import Experiment, resolve_device
 from testbed.load import load_experiment
@@ -27,6 +27,7 @@ RUN_EXAMPLES = """examples:
   python -m testbed experiments/digits.yaml --device cuda --out runs/digits-on-gpu
   python -m testbed experiments/scaling.yaml --set 'batch_size=[1, 16]' --set 'quantities=[norms]'
   python -m testbed my.yaml --plugin my_model.py --dry-run
+  python -m testbed --resume runs/mnist-20260101-120000
 
 other commands, each with its own --help:
   python -m testbed list [backends|models|data|losses|experiments]
@@ -46,8 +47,17 @@ def main(arguments: Sequence[str]) -> int:
         epilog=RUN_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("experiment", metavar="EXPERIMENT.yaml", help="what to run; see experiments/README.md")
+    parser.add_argument(
+        "experiment", metavar="EXPERIMENT.yaml", nargs="?", help="what to run; see experiments/README.md"
+    )
     parser.add_argument("--out", metavar="DIR", type=Path, help="the run folder (default: runs/<name>-<time>)")
+    parser.add_argument(
+        "--resume", metavar="DIR", type=Path, help="go on with the run in this folder: run what has no valid record"
+    )
+    parser.add_argument("--retry-failed", action="store_true", help="with --resume: run again what has failed, too")
+    parser.add_argument(
+        "--in-process", action="store_true", help="run all in this process, for debugging; a crash then ends the run"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="instead of the experiment's")
     add_plugin(parser)
     parser.add_argument("--only", metavar="NAME,...", default="", help="only these backends of the experiment")
@@ -59,20 +69,39 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--version", action="version", version=version)
     options = parser.parse_args(arguments)
 
+    if options.experiment is None and options.resume is None:
+        parser.error("the following arguments are required: EXPERIMENT.yaml, or --resume DIR")
+    if options.resume and options.out:
+        parser.error("--resume DIR writes into DIR; --out is not allowed with it")
+    if options.retry_failed and not options.resume:
+        parser.error("--retry-failed is for --resume DIR")
+
     load_plugins(options.plugin)
+    file = options.experiment or options.resume / "experiment.yaml"
     chosen = [*options.set, *([f"device={options.device}"] if options.device else [])]
-    experiment = load_experiment(options.experiment, chosen, [n for n in options.only.split(",") if n])
+    experiment = load_experiment(file, chosen, [n for n in options.only.split(",") if n])
     device = resolve_device(experiment.device)
     if options.dry_run:
         return _dry_run(experiment, device)
-    name = Path(options.experiment).stem
-    folder = RunFolder.create(options.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    isolation = None if options.in_process else isolated(experiment, options.plugin)
+    kept: list[Record] = []
+    wanted: list[str] = []
+    if options.resume:
+        folder = RunFolder.resume(options.resume)
+        wanted = identities(experiment, device, isolation)
+        kept = folder.keep(wanted, experiment.limits.model_dump(), retry_failed=options.retry_failed)
+        name = kept[0].experiment if kept else file.stem
+    else:
+        name = Path(file).stem
+        folder = RunFolder.create(options.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     set_precision(experiment.problems[0])
     folder.describe(experiment, device)
     auto = " (auto)" if experiment.device == "auto" else ""
     print(f"{name}: {experiment.description.strip() or 'no description'}\ndevice: {device}{auto}")
     print(f"{_extent(experiment)}\n" if len(experiment.problems) > 1 or experiment.exclude else "", flush=True)
-    records: list[Record] = []
+    if options.resume:
+        print(f"resumed: {len(kept)} of {len(wanted)} cells have their record\n", flush=True)
+    records = list(kept)
 
     def emit(record: Record, traceback: str) -> None:
         records.append(record)
@@ -81,13 +110,16 @@ def main(arguments: Sequence[str]) -> int:
     interrupted, problem_error = False, None
     try:
         with progress() as shown:
-            run_experiment(experiment, name, device, emit, shown)
+            finished = {record.cell for record in kept}
+            run_experiment(experiment, name, device, emit, shown, isolation, finished)
     except KeyboardInterrupt:
         interrupted = True
     except ProblemError as error:
         if not records:
             raise
         problem_error = error
+    if options.resume:  # what was kept and what is new, in the order of a run in one go
+        records.sort(key=lambda record: wanted.index(record.cell))
     Report(records).print(Console())
     print(f"{'interrupted; what was measured is' if interrupted else 'records'} in {folder.path}")
     if problem_error:
