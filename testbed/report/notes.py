@@ -25,7 +25,7 @@ def _winner(records: Sequence[Record]) -> str:
     text = f"Cheapest right backend: {best.label}"
     if step := best.timing.get("ordinary"):
         text += f", {units.ratio(step['ratio'])} ordinary steps"
-    base, value = best.timing["baseline"], best.timing["ratio"]
+    base, value = best.timing.get("baseline"), best.timing.get("ratio")
     if value and best.label != base:
         low, high = best.timing["ratio_ci"]
         speed = f"{units.ratio(1 / value)} times as fast as {base}{units.interval([1 / high, 1 / low])}"
@@ -77,8 +77,8 @@ def _checked(records: Sequence[Record]) -> list[str]:
     if "dropout" in about:
         found.append("Dropout: masks were drawn once and given to every backend as inputs.")
     asked = next((r.agreement for r in records if "checked_samples" in r.agreement), {})
-    n, checked = about["batch_size"], asked.get("checked_samples", about["batch_size"])
-    if checked < n:
+    n = about.get("batch_size", 0)
+    if (checked := asked.get("checked_samples", n)) < n:
         found.append(f"Agreement was checked on {checked} of {n} samples, drawn at random.")
     if asked.get("nondeterminism"):
         gap = asked["nondeterminism"]
@@ -100,9 +100,9 @@ def _noise(records: Sequence[Record]) -> str:
     timed = next((r for r in records if r.timing.get("floor") is not None), None)
     if timed is None:
         return ""
-    why = "all asked for" if timed.timing["stopped_by"] == "rounds" else "time was up"
+    why = "all asked for" if timed.timing.get("stopped_by") == "rounds" else "time was up"
     return (
-        f"{timed.timing['rounds']} rounds ({why}). {timed.timing['baseline']} against itself was off by up to "
+        f"{timed.timing.get('rounds', '?')} rounds ({why}). {timed.timing.get('baseline', 'The baseline')} against itself was off by up to "
         f"{100 * timed.timing['floor']:.1f} %: smaller differences are not called."
     )
 

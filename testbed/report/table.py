@@ -133,14 +133,16 @@ def _median(timing: dict[str, float]) -> str:
     if "median_s" not in timing:
         return "–"
     median = timing["median_s"]
-    return f"{units.seconds(median)} {units.spread(median, timing['p5_s'], timing['p95_s'])}"
+    low, high = timing.get("p5_s", median), timing.get("p95_s", median)
+    return f"{units.seconds(median)} {units.spread(median, low, high)}"
 
 
 def _title(r: Record) -> str:
     p = r.problem
     train = f", trained {p['train_steps']} steps" if p.get("train_steps") else ""
     what = ", ".join(str(p[key]) for key in ("model", "data", "loss") if p.get(key))
-    return f"{r.quantity} · {what}{train} · N={p['batch_size']}, {p['dtype']} · {device_name(r.environment)}"
+    n, dtype = p.get("batch_size", "?"), p.get("dtype", "?")  # a record of an earlier version may lack them
+    return f"{r.quantity} · {what}{train} · N={n}, {dtype} · {device_name(r.environment)}"
 
 
 def _html(table: Table) -> str:
