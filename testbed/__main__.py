@@ -11,7 +11,15 @@ from testbed.problems import ProblemError
 from testbed.records import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE
 from testbed.yaml_source import ConfigError
 
-COMMANDS = ("calibrate", "compare", "conformance", "doctor", "list", "precision", "report")  # all else is an experiment to run
+COMMANDS = (
+    "calibrate",
+    "compare",
+    "conformance",
+    "doctor",
+    "list",
+    "precision",
+    "report",
+)  # all else is an experiment to run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from testbed.records import EXIT_OK
 from testbed.report.export import FORMATS
-from testbed.report.rows import load_runs
+from testbed.report.runs import load_runs
 from testbed.yaml_source import ConfigError
 
 EPILOG = """examples:

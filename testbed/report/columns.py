@@ -1,13 +1,13 @@
 """The columns of the page's table and of the CSV file: how a row's value is shown, and by what it is sorted."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from testbed.report import units
 from testbed.report.rows import Row
 from testbed.report.verdict import is_backend
 
-Value = float | str | None
+Value = float | int | str | None
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,11 @@ class Column:
 
 
 def visible(rows: Sequence[Row]) -> list[Column]:
-    """Return the columns for people that tell these rows apart."""
-    return [c for c in PAGE if not (c.may_hide and len({c.value(row) for row in rows}) < 2)]
+    """Return the columns for people that tell these rows apart; one baseline is called by its name."""
+    baselines = {row.baseline for row in rows if row.baseline}
+    names = {RATIO.key: f"× {baselines.pop()}"} if len(baselines) == 1 else {}
+    told = (c for c in PAGE if not (c.may_hide and len({c.value(row) for row in rows}) < 2))
+    return [replace(c, name=names.get(c.key, c.name)) for c in told]
 
 
 def agrees(row: Row) -> str:
@@ -53,7 +56,7 @@ def _words(key: str, name: str, value: Callable[[Row], str], may_hide: bool = Fa
 
 
 def _seconds(key: str, name: str, value: Callable[[Row], float | None]) -> Column:
-    return Column(key, name, value, lambda row: units.seconds(value(row)))
+    return Column(key, name, value, lambda row: units.seconds(value(row)) if is_backend(row) else "")
 
 
 def _raw(key: str, value: Callable[[Row], Value]) -> Column:
@@ -64,7 +67,11 @@ def _end(pair: tuple[float, float] | None, which: int) -> float | None:
     return pair[which] if pair else None
 
 
-def _ratio(value: float | None, pair: tuple[float, float] | None) -> str:
+def _ratio(row: Row, value: float | None, pair: tuple[float, float] | None) -> str:
+    if value is None and not is_backend(row):
+        return ""
+    if value == 1:  # of the baseline, or the ordinary step: no interval, it is the measure
+        return "1"
     return units.ratio(value) + units.interval(list(pair) if pair else None)
 
 
@@ -88,19 +95,24 @@ BATCH = Column("batch_size", "N", lambda r: r.batch, lambda r: str(r.batch or ""
 BACKEND = _words("backend", "backend", lambda r: r.backend)
 STATUS = _words("status", "status", lambda r: r.status)
 AGREES = _words("agrees", "agrees", agrees)
-WAY = _words("way", "way", _way, may_hide=True)
+WAY = _words("way", "way", _way)
 MEDIAN = Column("median_s", "median", lambda r: r.median, _median)
-RATIO = Column("ratio_to_baseline", "× baseline", lambda r: r.ratio, lambda r: _ratio(r.ratio, r.ratio_ci))
-STEP = Column("ratio_to_step", "× step", lambda r: r.step, lambda r: _ratio(r.step, r.step_ci))
-PEAK = Column("peak_bytes", "peak", lambda r: r.peak, lambda r: units.size(r.peak) if is_backend(r) or r.peak else "")
+RATIO = Column("ratio_to_baseline", "× baseline", lambda r: r.ratio, lambda r: _ratio(r, r.ratio, r.ratio_ci))
+STEP = Column("ratio_to_step", "× step", lambda r: r.step, lambda r: _ratio(r, r.step, r.step_ci))
+PEAK = Column(
+    "peak_bytes",
+    "peak",
+    lambda r: None if r.peak is None else int(r.peak),
+    lambda r: units.size(r.peak) if is_backend(r) or r.peak else "",
+)
 FIRST = _seconds("first_call_s", "first call", lambda r: r.phases.get("first call"))
 
-PAGE = (RUN, QUANTITY, PROBLEM, BATCH, BACKEND, STATUS, AGREES, WAY, MEDIAN, RATIO, STEP, PEAK, FIRST)
+PAGE = (RUN, QUANTITY, PROBLEM, BATCH, BACKEND, STATUS, MEDIAN, RATIO, STEP, PEAK, FIRST, AGREES, WAY)
 CSV = (
     *(RUN, QUANTITY, PROBLEM, BATCH, BACKEND, STATUS, AGREES, WAY, MEDIAN),
     _raw("p5_s", lambda r: r.p5),
     _raw("p95_s", lambda r: r.p95),
-    _raw("timed_calls", lambda r: float(len(r.samples)) if r.samples else None),
+    _raw("timed_calls", lambda r: len(r.samples) or None),
     RATIO,
     _raw("ratio_to_baseline_low", lambda r: _end(r.ratio_ci, 0)),
     _raw("ratio_to_baseline_high", lambda r: _end(r.ratio_ci, 1)),

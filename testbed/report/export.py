@@ -12,14 +12,20 @@ from typing import Any
 import numpy as np
 
 from testbed.report import columns
-from testbed.report.rows import Row, Run, rows_of
+from testbed.report.rows import Row, rows_of
+from testbed.report.runs import Run
 from testbed.report.table import Report, Table
 
 PYTEST_BENCHMARK = "4.0.0"  # the version whose format is written; later ones read it
-LATEX = {
-    **{c: f"\\{c}" for c in "#$%&_{}"},
-    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
-    **{"×": r"$\times$", "±": r"$\pm$", "–": "--", "µ": r"$\mu$", "·": r"$\cdot$", "≥": r"$\geq$", "≤": r"$\leq$"},
+LATEX = {c: f"\\{c}" for c in "#$%&_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "×": r"$\times$",
+    "±": r"$\pm$",
+    "–": "--",
+    "µ": r"$\mu$",
+    "·": r"$\cdot$",
 }
 
 
@@ -36,7 +42,7 @@ def markdown(runs: Sequence[Run]) -> str:
 
 
 def latex(runs: Sequence[Run]) -> str:
-    """Return the tables as LaTeX, for `\\usepackage{booktabs}`; the notes are comments."""
+    r"""Return the tables as LaTeX, for `\usepackage{booktabs}`; the notes are comments."""
 
     def table(t: Table) -> str:
         lines = [" & ".join(map(_latex, row)) + r" \\" for row in t.rows]

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from testbed.report import draw, units
-from testbed.report.rows import LIMIT, ORDINARY, Row
-from testbed.report.verdict import is_backend, place
+from testbed.report.rows import Places, Row
+from testbed.report.verdict import is_backend
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
@@ -46,13 +46,12 @@ def figures(rows: Sequence[Row]) -> list[Figure]:
     for row in rows:
         groups.setdefault(row.group, []).append(row)
     colours = draw.colours([row.backend for row in rows if is_backend(row)])
-    found = []
+    place, found = Places.of(rows), []
     for i, group in enumerate(groups.values(), start=1):
-        several = len({row.run for row in rows}) > 1
         shown = _largest_batch(group)
-        where = place(shown[0], run=several)
-        makers = (time, scaling, errors, phases)
-        made = (make(group if make is scaling else shown, where, colours) for make in makers)
+        one, all_sizes = place(shown[0]), place.without("batch")(group[0])
+        made = [time(shown, one, colours), scaling(group, all_sizes, colours)]
+        made += [errors(shown, one, colours), phases(shown, one)]
         found += [_named(figure, i if len(groups) > 1 else 0, group[0].quantity) for figure in made if figure]
     return found
 
@@ -73,7 +72,7 @@ def time(rows: Sequence[Row], where: str, colours: draw.Colours) -> Figure | Non
     ]
     return Figure(
         "time",
-        f"Time of a call: {where}",
+        _title("Time of a call", where),
         "Dots: medians; bars: 5th to 95th percentile; ticks: every timed call. The axis is logarithmic.",
         f"Median time of a call: {'; '.join(said)}.",
         ("backend", "status", "median", "p5", "p95", "× ordinary step"),
@@ -103,10 +102,9 @@ def scaling(rows: Sequence[Row], where: str, colours: draw.Colours) -> Figure | 
         for name, points in lines.items()
         for r in points
     ]
-    first = rows[0]
     return Figure(
         "scaling",
-        f"Time and memory against batch size: {first.quantity} · {first.problem}",
+        _title("Time and memory against batch size", where),
         "Medians of right results only, and peak memory beyond what was held before; both axes are logarithmic.",
         f"Time of a call against batch sizes {sizes[0]} to {sizes[-1]}: {'; '.join(said)}.",
         ("backend", "N", "median", "a sample", "peak memory"),
@@ -131,7 +129,7 @@ def errors(rows: Sequence[Row], where: str, colours: draw.Colours) -> Figure | N
     dtype = str(shown[0].record.problem.get("dtype", "")) if shown[0].record else ""
     return Figure(
         "errors",
-        f"Error of each sample: {where}",
+        _title("Error of each sample", where),
         "Distance from the float64 truth, relative to its norm; a dot a sample, crosses: ill-conditioned samples (near "
         "a kink, where a few roundings move the right gradient as far). An exact sample stands on the left edge.",
         f"Relative errors: {'; '.join(said)}.",
@@ -141,7 +139,7 @@ def errors(rows: Sequence[Row], where: str, colours: draw.Colours) -> Figure | N
     )
 
 
-def phases(rows: Sequence[Row], where: str, colours: draw.Colours) -> Figure | None:
+def phases(rows: Sequence[Row], where: str) -> Figure | None:
     """Return what is paid once (import, prepare, first call) and what every call pays."""
     shown = [r for r in rows if is_backend(r) and len(r.phases) > 1]
     if not shown:
@@ -152,7 +150,7 @@ def phases(rows: Sequence[Row], where: str, colours: draw.Colours) -> Figure | N
     data = [(r.backend, *(units.seconds(r.phases.get(name)) for name in names)) for r in shown]
     return Figure(
         "phases",
-        f"What is paid once, and what each call pays: {where}",
+        _title("What is paid once, and what each call pays", where),
         "Import: of the library, where this process had not imported it yet. Prepare: building the function (copies, "
         "hooks, tracing). First call, and steady: the median of the timed calls. The axis is logarithmic.",
         f"Phases: {'; '.join(said)}.",
@@ -160,6 +158,10 @@ def phases(rows: Sequence[Row], where: str, colours: draw.Colours) -> Figure | N
         tuple(data),
         lambda: draw.phases(shown, names),
     )
+
+
+def _title(what: str, where: str) -> str:
+    return f"{what}: {where}" if where else what
 
 
 def _named(figure: Figure, number: int, quantity: str) -> Figure:
@@ -194,6 +196,3 @@ def _interval(pair: tuple[float, float] | None) -> str:
 
 def _error(value: float | None) -> str:
     return "–" if value is None else f"{value:.1e}"
-
-
-__all__ = ["LIMIT", "ORDINARY", "Figure", "errors", "figures", "phases", "scaling", "time"]

@@ -101,8 +101,9 @@ def _noise(records: Sequence[Record]) -> str:
     if timed is None:
         return ""
     why = "all asked for" if timed.timing.get("stopped_by") == "rounds" else "time was up"
+    base = timed.timing.get("baseline", "The baseline")
     return (
-        f"{timed.timing.get('rounds', '?')} rounds ({why}). {timed.timing.get('baseline', 'The baseline')} against itself was off by up to "
+        f"{timed.timing.get('rounds', '?')} rounds ({why}). {base} against itself was off by up to "
         f"{100 * timed.timing['floor']:.1f} %: smaller differences are not called."
     )
 

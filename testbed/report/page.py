@@ -1,6 +1,7 @@
 """Runs → `report.html`: one offline file with the verdict, the table and the figures, made from records alone."""
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,9 @@ from testbed.records import Record
 from testbed.report import columns, draw, units
 from testbed.report.figures import Figure, figures
 from testbed.report.notes import notes
-from testbed.report.rows import Row, Run, device_of, last_of_each, rows_of
-from testbed.report.verdict import Trouble, headline, is_backend, place, troubles, verdicts
+from testbed.report.rows import Places, Row, device_of, rows_of
+from testbed.report.runs import Run, last_of_each
+from testbed.report.verdict import Trouble, headline, is_backend, troubles, verdicts
 
 GOOD = "Nothing is wrong: every backend that ran agrees with the truth."
 
@@ -80,12 +82,12 @@ def render(runs: Sequence[Run], rows: Sequence[Row], shown: Sequence[Shown]) -> 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"zip_runs": zip, "median": _median}
+    environment.globals["median"] = _median
     found, seen = verdicts(rows), columns.visible(rows)
     return environment.get_template("page.html").render(
         title=", ".join(dict.fromkeys(_title(run) for run in runs)),
         runs=runs,
-        devices=[device_of(run.records[0]) for run in runs],
+        places=[_place(run) for run in runs],
         headline=headline(found),
         verdicts=found,
         troubles=troubles(rows),
@@ -93,9 +95,9 @@ def render(runs: Sequence[Run], rows: Sequence[Row], shown: Sequence[Shown]) -> 
         columns=seen,
         choices=_choices(rows, seen),
         lines=[_line(row, seen) for row in rows],
-        where=_where(rows, seen),
+        where=Places.of(rows).shared(rows[0]),
         side_by_side=side_by_side(runs, rows),
-        notes=_notes(runs),
+        notes=_notes(rows),
         figures=shown,
         settings=settings(runs),
     )
@@ -103,10 +105,10 @@ def render(runs: Sequence[Run], rows: Sequence[Row], shown: Sequence[Shown]) -> 
 
 def side_by_side(runs: Sequence[Run], rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Row]]]:
     """Return {place: {backend: {run: row}}} of what more than one run has; empty where there is one run only."""
-    found: dict[str, dict[str, dict[str, Row]]] = {}
+    place, found = Places.of(rows).without("run"), defaultdict[str, dict[str, dict[str, Row]]](dict)
     if len(runs) > 1:
         for row in rows:
-            found.setdefault(place(row), {}).setdefault(row.backend, {})[row.run] = row
+            found[place(row)].setdefault(row.backend, {})[row.run] = row
     return {
         name: backends
         for name, backends in found.items()
@@ -142,6 +144,20 @@ def _title(run: Run) -> str:
     return run.records[0].experiment or run.name
 
 
+def _place(run: Run) -> str:
+    """Return what a run was made on and with, in a line."""
+    record = run.records[0]
+    torch, commit = record.environment.get("versions", {}).get("torch"), record.environment.get("commit")
+    dirty = " with changes" if record.environment.get("dirty") else ""
+    words = [
+        run.name,
+        device_of(record),
+        f"torch {torch}" if torch else "",
+        f"commit {commit[:7]}{dirty}" if commit else "",
+    ]
+    return " · ".join(filter(None, words))
+
+
 def _summary(rows: Sequence[Row], found: Sequence[Trouble]) -> str:
     """Return whether anything is wrong, in a sentence."""
     serious = [t.text for t in found if t.kind in ("wrong", "failed")]
@@ -150,14 +166,6 @@ def _summary(rows: Sequence[Row], found: Sequence[Trouble]) -> str:
     if any(t.kind == "stopped" for t in found):
         return "The run was interrupted: it is partial. Nothing that ended is wrong."
     return GOOD if any(row.status == "ok" for row in rows) else "No backend ran to its end."
-
-
-def _where(rows: Sequence[Row], seen: Sequence[columns.Column]) -> str:
-    """Return what all rows share, in words: it needs no column."""
-    hidden = (columns.QUANTITY, columns.PROBLEM, columns.BATCH)
-    first = rows[0]
-    words = [("N=" if c is columns.BATCH else "") + c.text(first) for c in hidden if c not in seen and c.text(first)]
-    return " · ".join(words)
 
 
 def _line(row: Row, seen: Sequence[columns.Column]) -> Line:
@@ -173,21 +181,19 @@ def _choices(rows: Sequence[Row], seen: Sequence[columns.Column]) -> dict[int, l
     found = {}
     for i, column in enumerate(seen):
         values = list(dict.fromkeys(column.text(row) for row in rows if is_backend(row)))
-        if column.key != "backend" and column.key != "agrees" and (column.words or column is columns.BATCH):
+        if column.key != "backend" and column.key != "agrees" and (column.words or column.key == columns.BATCH.key):
             found[i] = [value for value in values if value]
     return {i: values for i, values in found.items() if 1 < len(values) <= 40}
 
 
-def _notes(runs: Sequence[Run]) -> dict[str, list[str]]:
+def _notes(rows: Sequence[Row]) -> dict[str, list[str]]:
     """Return {place: what the table cannot say}."""
-    found: dict[str, list[str]] = {}
-    for run in runs:
-        groups: dict[str, list[Record]] = {}
-        for row in rows_of(run):
-            if row.record:
-                groups.setdefault(place(row, run=len(runs) > 1), []).append(row.record)
-        found |= {name: notes(records) for name, records in groups.items()}
-    return {name: said for name, said in found.items() if said}
+    place, groups = Places.of(rows), defaultdict[str, list[Record]](list)
+    for row in rows:
+        if row.record:
+            groups[place(row)].append(row.record)
+    said = {name: notes(records) for name, records in groups.items()}
+    return {name: found for name, found in said.items() if found}
 
 
 def _inline(svg: str, figure: Figure) -> Markup:

@@ -1,28 +1,14 @@
 """Runs → rows: what the page, its figures and the exports show, whatever version of the schema wrote the records."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from testbed.records import Record, read_records
-from testbed.yaml_source import ConfigError
+from testbed.records import Record
+from testbed.report.runs import Run
 
 ORDINARY, LIMIT = "ordinary step", "limit"
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run's records under a name.
-
-    Attributes:
-        name: What the page calls it: the folder's name.
-        records: One for each cell; of a cell that was run again, the last.
-    """
-
-    name: str
-    records: tuple[Record, ...]
 
 
 @dataclass(frozen=True)
@@ -79,50 +65,45 @@ class Row:
         return self.run, self.problem, self.quantity
 
 
-def load_run(path: Path) -> Run:
-    """Read a run's folder, or its `results.jsonl`.
+PLACE: dict[str, Callable[[Row], str]] = {
+    "run": lambda row: row.run,
+    "quantity": lambda row: row.quantity,
+    "problem": lambda row: row.problem,
+    "batch": lambda row: "" if row.batch is None else f"N={row.batch}",
+}
 
-    Raises:
-        ConfigError: There is none, or it cannot be read.
+
+@dataclass(frozen=True)
+class Places:
+    """Names where a row belongs by what differs among the rows of a page: run, quantity, problem, batch size.
+
+    Attributes:
+        differ: Which of the four do.
     """
-    file = path / "results.jsonl" if path.is_dir() else path
-    if not file.exists():
-        what = "holds no results.jsonl, so it is no run's folder" if path.is_dir() else "there is no such file or folder"
-        raise ConfigError(f"{path}: {what}")
-    try:
-        records = read_records(file)
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
-    except ValueError as error:  # of JSON, of the encoding
-        raise ConfigError(f"{file}: {error}; this should be a run's results.jsonl") from None
-    if not records:
-        raise ConfigError(f"{file}: holds no record")
-    folder = file.parent.resolve()
-    return Run(folder.name if file.name == "results.jsonl" else file.stem, last_of_each(records))
 
+    differ: frozenset[str]
 
-def load_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read several runs; those whose folders have the same name are told apart by a number."""
-    runs: list[Run] = []
-    for run in map(load_run, paths):
-        same = sum(other.name == run.name or other.name.startswith(f"{run.name} (") for other in runs)
-        runs.append(Run(f"{run.name} ({same + 1})" if same else run.name, run.records))
-    return runs
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> Self:
+        """Return the names for these rows."""
+        return cls(frozenset(part for part in PLACE if len({PLACE[part](row) for row in rows}) > 1))
 
+    def without(self, part: str) -> Self:
+        """Return the names without one of the four."""
+        return type(self)(self.differ - {part})
 
-def last_of_each(records: Sequence[Record]) -> tuple[Record, ...]:
-    """Return the records without those of cells that were run again later."""
-    last = {cell_of(record): record for record in records}
-    return tuple(last.values())
+    def __call__(self, row: Row) -> str:
+        """Return where a row belongs; empty where all belong to the same."""
+        return " · ".join(name(row) for part, name in PLACE.items() if part in self.differ and name(row))
 
-
-def cell_of(record: Record) -> tuple[str, str, str]:
-    """Return what a record is of, in words: two records of one cell are equal in it, whatever the code's version."""
-    return str(sorted(record.problem.items(), key=str)), record.quantity, record.label
+    def shared(self, row: Row) -> str:
+        """Return what is the same for all rows, but for the run."""
+        same = (name(row) for part, name in PLACE.items() if part not in self.differ and part != "run")
+        return " · ".join(filter(None, same))
 
 
 def rows_of(run: Run) -> list[Row]:
-    """Return the rows of a run: its cells in their order, after each problem and quantity its two reference lines."""
+    """Return the rows of a run: of each problem and quantity the right cells, the others, then the reference lines."""
     groups: dict[tuple[str, int | None, str], list[Record]] = {}
     for record in run.records:
         groups.setdefault((problem_of(record), batch_of(record), record.quantity), []).append(record)
@@ -148,14 +129,20 @@ def device_of(record: Record) -> str:
     env = record.environment
     if isinstance(gpu := env.get("gpu"), dict):
         return str(gpu.get("name", "GPU"))
-    threads = f", {env['threads']} threads" if "threads" in env else ""
+    count = env.get("threads")
+    threads = f", {count} thread{'' if count == 1 else 's'}" if count else ""
     return f"{env.get('processor') or env.get('device') or 'device not recorded'}{threads}"
 
 
 def _group(run: str, records: Sequence[Record]) -> Iterator[Row]:
     first = records[0]
-    shared = {"run": run, "problem": problem_of(first), "batch": batch_of(first), "quantity": first.quantity}
-    for record in records:
+    shared: dict[str, Any] = {
+        "run": run,
+        "problem": problem_of(first),
+        "batch": batch_of(first),
+        "quantity": first.quantity,
+    }
+    for record in sorted(records, key=lambda r: r.status != "ok"):
         yield _cell(shared, record)
     step = next((found for r in records if (found := _part(r.timing, "ordinary")).get("median_s")), {})
     limit = next((found for r in records if (found := _part(r.timing, "limit")).get("seconds")), {})

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from testbed import timing
 from testbed.records import FAILED, WRONG
 from testbed.report import units
-from testbed.report.rows import LIMIT, ORDINARY, Row
+from testbed.report.rows import LIMIT, ORDINARY, Places, Row
 
 KINDS = {
     "wrong": (WRONG, "is wrong", "are wrong"),
@@ -53,17 +53,19 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault((*row.group, row.batch), []).append(row)
-    several = len({row.run for row in rows}) > 1
-    return [_verdict(group, several) for group in groups.values()]
+    place = Places.of(rows)
+    return [_verdict(place(group[0]), group) for group in groups.values()]
 
 
 def troubles(rows: Sequence[Row]) -> list[Trouble]:
     """Return what is not as it should be, the worst first."""
-    found = []
+    found, place = [], Places.of(rows)
     for kind, (statuses, one, many) in KINDS.items():
         bad = [row for row in rows if row.status in statuses]
         if bad:
-            cells = tuple((f"{r.backend} · {place(r)}", f"{r.status}: {r.reason}".rstrip(": ")) for r in bad)
+            cells = tuple(
+                (" · ".join(filter(None, (r.backend, place(r)))), f"{r.status}: {r.reason}".rstrip(": ")) for r in bad
+            )
             found.append(Trouble(kind, f"{len(bad)} {'cell ' + one if len(bad) == 1 else 'cells ' + many}", cells))
     return found
 
@@ -81,18 +83,22 @@ def headline(found: Sequence[Verdict]) -> str:
         wins[v.best.backend] = wins.get(v.best.backend, 0) + 1
     first, *others = sorted(wins, key=lambda name: -wins[name])
     where = "everywhere" if wins[first] == len(found) else f"in {wins[first]} of {len(found)} comparisons"
-    rest = ", ".join(f"{name} in {wins[name]}" for name in others)
-    return f"{first} is the cheapest right backend {where}" + (f"; {rest}." if rest else ".")
+    rest = "".join(f"; {name} in {wins[name]}" for name in others)
+    if ties := sum(bool(v.equals) for v in judged):
+        rest += f"; in {ties} of {len(found)} another is as fast within the noise"
+    return f"{first} is the cheapest right backend {where}{_steps(judged, first)}{rest}."
 
 
-def place(row: Row, run: bool = False) -> str:
-    """Return where a row belongs, in words: quantity, problem, batch size; the run too where asked."""
-    batch = f", N={row.batch}" if row.batch is not None else ""
-    return (f"{row.run}: " if run else "") + f"{row.quantity} · {row.problem}{batch}"
+def _steps(judged: Sequence[Verdict], backend: str) -> str:
+    """Return what a backend costs where it is the cheapest, in ordinary steps."""
+    steps = [v.best.step for v in judged if v.best and v.best.backend == backend and v.best.step is not None]
+    if not steps:
+        return ""
+    low, high = units.ratio(min(steps)), units.ratio(max(steps))
+    return f" ({low if low == high else f'{low}–{high}'} ordinary steps)"
 
 
-def _verdict(rows: Sequence[Row], several: bool) -> Verdict:
-    title = place(rows[0], run=several)
+def _verdict(title: str, rows: Sequence[Row]) -> Verdict:
     right = [r for r in rows if r.status == "ok" and r.median is not None]
     if not right:
         stopped = any(r.status == "interrupted" for r in rows)
