@@ -64,6 +64,10 @@ def _show(old: Run, new: Run, changes: Sequence[Change], console: Console) -> No
     for (problem, quantity), group in groups.items():
         console.print(Text(f"\n{quantity} · {problem}", style="bold"))
         console.print(_grid(group))
+        for change in group:
+            if change.why:
+                console.print(Text(f"• {change.backend}: {change.why}"))
+    console.print()
     for line in _conclusions(old, new, changes, moved):
         console.print(Text(f"• {line}"))
 
@@ -80,11 +84,11 @@ def _show_differences(old: Run, new: Run, console: Console) -> None:
 
 def _grid(changes: Sequence[Change]) -> Table:
     grid = Table(box=box.SIMPLE_HEAD, padding=(0, 0), pad_edge=False, show_edge=False)
-    for name in ("backend", "verdict", "old", "new", "new / old", "in steps", "peak", ""):
-        grid.add_column(name, justify="left" if name in ("backend", "verdict", "") else "right", overflow="fold")
+    for name in ("backend", "verdict", "old", "new", "new / old", "in steps", "peak"):
+        grid.add_column(name, justify="left" if name in ("backend", "verdict") else "right", overflow="fold")
     for c in changes:
         memory = "–" if c.memory is None else units.ratio(c.memory)
-        cells = [_value(c.old), _value(c.new), _ratio(c.ratio), _ratio(c.in_steps), memory, c.why]
+        cells = [_value(c.old), _value(c.new), _ratio(c.ratio), _ratio(c.in_steps), memory]
         grid.add_row(Text(c.backend), Text(c.verdict, style=STYLES.get(c.verdict, "")), *map(Text, cells))
     return grid
 

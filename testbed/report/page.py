@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from backends.base import first_line
 from testbed.records import Record
 from testbed.report import columns, draw, units
 from testbed.report.figures import Figure, figures
@@ -58,6 +59,21 @@ def write_page(records: Iterable[Record], folder: Path) -> Path:
         The page's path, `folder/report.html`; the figures are in `folder/figures`, as PNG and SVG.
     """
     return write_pages([Run(folder.resolve().name, last_of_each(list(records)))], folder)
+
+
+def draw_page(records: Iterable[Record], folder: Path) -> None:
+    """Write the page of a run that has just ended, and say where it is; a page that fails does not fail the run."""
+    records = list(records)
+    if not records:
+        return
+    try:
+        page = write_page(records, folder)
+    except Exception as error:  # of the disk, of matplotlib, of ours: the records are what counts, and they are safe
+        print(
+            f"no report: {type(error).__name__}: {first_line(error)}; `python -m testbed report {folder}` tries again"
+        )
+    else:
+        print(f"report in {page}")
 
 
 def write_pages(runs: Sequence[Run], folder: Path) -> Path:
