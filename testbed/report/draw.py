@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from matplotlib.ticker import NullLocator
-
 from testbed.report import units
 from testbed.report.rows import LIMIT, ORDINARY, Row
 
@@ -112,7 +110,7 @@ def scaling(lines: Mapping[str, Sequence[Row]], colours: Colours) -> "Figure":
         axes.set(xscale="log", ylabel=label)
         sizes = sorted({r.batch for rows in lines.values() for r in rows if r.batch})
         axes.set_xticks(shown := thinned(sizes, 8), [str(n) for n in shown])
-        axes.xaxis.set_minor_locator(NullLocator())
+        axes.minorticks_off()
         found = [getattr(r, value) for rows in lines.values() for r in rows if getattr(r, value)]
         _log(axes, "y", found, units.seconds if value == "median" else units.size)
     panels[-1].set_xlabel("batch size N")
@@ -201,7 +199,7 @@ def _log(axes: "Axes", which: str, values: Sequence[float], say: Callable[[float
         low, high = low / pad, high * pad
         (axes.set_xlim if which == "x" else axes.set_ylim)(low, high)
         axis.set_ticks(ticks := round_numbers(low, high), [say(t) for t in ticks])
-    axis.set_minor_locator(NullLocator())
+    axis.minorticks_off()
 
 
 def round_numbers(low: float, high: float, most: int = 5) -> list[float]:
