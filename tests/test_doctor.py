@@ -37,7 +37,7 @@ class MadeUp(Machine):
     ) -> None:
         self.files, self.commands = {**GOOD, **(files or {})}, commands or {}
         for name, value in facts.items():
-            object.__setattr__(self, name, value)
+            setattr(self, name, value)
 
     def read(self, path: str) -> str | None:
         return self.files.get(path)
