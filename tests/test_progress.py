@@ -87,7 +87,7 @@ def test_bar_stays_on_its_line() -> None:
         bar.begin("problem", 3)
         bar.step("a")
         bar.step("does every sample have a gradient of its own, and if not, who is to blame?")
-    assert out.getvalue().count("\x1b[1A") == 1  # at the end, to remove it
+    assert "about 0 s left" in out.getvalue()
 
 
 @pytest.mark.parametrize(
