@@ -71,6 +71,10 @@ class TestPage:
     def test_says_where_nobody_can_be_told_from_the_best(self, tmp_path: Path) -> None:
         assert "twin: no difference beyond the noise" in text_of([record(), record("twin", 0.1001)], tmp_path)
 
+    def test_says_where_nothing_was_timed(self, tmp_path: Path) -> None:
+        made = [record(timing={}), record("b", status="unsupported")]
+        assert "1 of 2 cells agree with the truth; nothing was timed." in text_of(made, tmp_path)
+
     def test_texts_are_escaped(self, tmp_path: Path) -> None:
         made = [record(HOSTILE), record("b", status="error", reason=HOSTILE)]
         assert HOSTILE not in text_of(made, tmp_path)

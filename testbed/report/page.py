@@ -104,7 +104,7 @@ def render(runs: Sequence[Run], rows: Sequence[Row], shown: Sequence[Shown]) -> 
         title=", ".join(dict.fromkeys(_title(run) for run in runs)),
         runs=runs,
         places=[_place(run) for run in runs],
-        headline=headline(found),
+        headline=headline(found, rows),
         verdicts=found,
         troubles=troubles(rows),
         verdict_words=_summary(rows, troubles(rows)),
