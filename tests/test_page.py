@@ -125,6 +125,12 @@ class TestFigures:
         assert len(re.findall(r'<svg role="img" aria-label="[^"]{40,}"', text)) == len(names)
         assert text.count("<summary>The data</summary>") == len(names)
 
+    def test_several_runs_make_a_figure_of_their_own(self, tmp_path: Path) -> None:
+        page.write_pages([Run("a", (record(),)), Run("b", (record(median=0.3),))], tmp_path)
+        text = (tmp_path / "report.html").read_text(encoding="utf-8")
+        assert 'aria-label="Median time of a call: vmap: 100 ms in a, 300 ms in b;' in text
+        assert (tmp_path / "figures" / "runs.svg").exists()
+
     def test_only_sizes_make_a_scaling_figure(self, tmp_path: Path) -> None:
         assert '<figure id="scaling"' not in text_of(MANY, tmp_path)
 

@@ -95,6 +95,28 @@ def times(rows: Sequence[Row], missing: Sequence[Row], lines: Mapping[str, float
     return figure
 
 
+def runs(backends: Mapping[str, Sequence[Row]], names: Sequence[str]) -> "Figure":
+    """Draw the times of several runs, one row a backend, one marker a run, the first run on top of its row."""
+    figure, (axes,) = _figure(len(backends))
+    named: set[str] = set()
+    for y, rows in enumerate(backends.values()):
+        for row in rows:
+            assert row.median is not None
+            i = names.index(row.run)
+            height = y + 0.5 * ((i + 0.5) / len(names) - 0.5)
+            colour, marker = PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]
+            label = None if row.run in named else row.run
+            named.add(row.run)
+            axes.plot([row.p5 or row.median, row.p95 or row.median], [height] * 2, color=colour, lw=1.8)
+            axes.plot([row.median], [height], color=colour, marker=marker, ms=5.5, ls="", label=label)
+    _log(
+        axes, "x", [t for rows in backends.values() for r in rows for t in (r.p5, r.p95, r.median) if t], units.seconds
+    )
+    _names(axes, [rows[0] for rows in backends.values()])
+    figure.legend(loc="outside lower center", ncols=1 if max(map(len, names)) > 20 else 2, handlelength=1.0)
+    return figure
+
+
 def scaling(lines: Mapping[str, Sequence[Row]], colours: Colours) -> "Figure":
     """Draw time and memory against the batch size, one line a backend."""
     figure, panels = _figure(6, panels=2)

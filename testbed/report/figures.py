@@ -46,7 +46,7 @@ def figures(rows: Sequence[Row]) -> list[Figure]:
     for row in rows:
         groups.setdefault(row.group, []).append(row)
     colours = draw.colours([row.backend for row in rows if is_backend(row)])
-    place, found = Places.of(rows), []
+    place, found = Places.of(rows), _side_by_side(rows)
     for i, group in enumerate(groups.values(), start=1):
         shown = _largest_batch(group)
         one, all_sizes = place(shown[0]), place.without("batch")(group[0])
@@ -54,6 +54,40 @@ def figures(rows: Sequence[Row]) -> list[Figure]:
         made += [errors(shown, one, colours), phases(shown, one)]
         found += [_named(figure, i if len(groups) > 1 else 0, group[0].quantity) for figure in made if figure]
     return found
+
+
+def _side_by_side(rows: Sequence[Row]) -> list[Figure]:
+    """Return a figure of each problem and quantity that several runs have timed."""
+    groups: dict[tuple[str, int | None, str], list[Row]] = {}
+    for row in rows:
+        if row.median is not None and row.status in ("ok", ""):
+            groups.setdefault((row.problem, row.batch, row.quantity), []).append(row)
+    place, shared = Places.of(rows).without("run"), [g for g in groups.values() if len({r.run for r in g}) > 1]
+    made = [runs(group, place(group[0])) for group in shared]
+    return [
+        _named(f, i if len(made) > 1 else 0, g[0].quantity)
+        for i, (f, g) in enumerate(zip(made, shared, strict=True), 1)
+    ]
+
+
+def runs(rows: Sequence[Row], where: str) -> Figure:
+    """Return the right backends' times in several runs, side by side."""
+    names = list(dict.fromkeys(r.run for r in rows))
+    backends: dict[str, list[Row]] = {}
+    for row in rows:
+        backends.setdefault(row.backend, []).append(row)
+    said = [f"{name}: " + ", ".join(f"{units.seconds(r.median)} in {r.run}" for r in b) for name, b in backends.items()]
+    data = [(r.backend, r.run, *map(units.seconds, (r.median, r.p5, r.p95)), units.ratio(r.step)) for r in rows]
+    return Figure(
+        "runs",
+        _title("Time of a call, run by run", where),
+        "Right results only. Dots: medians; bars: 5th to 95th percentile. The axis is logarithmic. Where the ordinary "
+        "step moves as well, it is the machine that differs.",
+        f"Median time of a call: {'; '.join(said)}.",
+        ("backend", "run", "median", "p5", "p95", "× ordinary step"),
+        tuple(data),
+        lambda: draw.runs(backends, names),
+    )
 
 
 def time(rows: Sequence[Row], where: str, colours: draw.Colours) -> Figure | None:
