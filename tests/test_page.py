@@ -79,6 +79,10 @@ class TestPage:
         made = [record(HOSTILE), record("b", status="error", reason=HOSTILE)]
         assert HOSTILE not in text_of(made, tmp_path)
 
+    @pytest.mark.parametrize("name", ["a$\\frac$", "_hidden", "名", "x" * 200, "a\nb"])
+    def test_any_name_can_be_drawn(self, name: str, tmp_path: Path) -> None:
+        assert f'aria-label="Median time of a call: {name} 100 ms' in text_of([record(name)], tmp_path)
+
     def test_ids_are_unique(self, tmp_path: Path) -> None:
         ids = re.findall(r'\bid="([^"]*)"', text_of([*MANY, *SIZES, record(quantity="norms")], tmp_path))
         assert len(ids) == len(set(ids))

@@ -5,6 +5,7 @@ Everything that is text or axis is drawn in `INK`; the page lets it follow its o
 
 import io
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -46,6 +47,7 @@ STYLE: Any = {
     "grid.color": GREY,
     "grid.alpha": 0.25,
     "grid.linewidth": 0.6,
+    "text.parse_math": False,  # a dollar in a name is a dollar
     "svg.fonttype": "none",  # text stays text: small, searchable, and it follows the page's colour
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
 }
@@ -64,7 +66,9 @@ def save(render: Callable[[], "Figure"], path: Path) -> str:
     import matplotlib as mpl  # a second to import, and only drawing needs it
 
     text = io.StringIO()
-    with mpl.rc_context({**STYLE, "svg.hashsalt": path.name}):  # ids that do not change from run to run
+    salted = {**STYLE, "svg.hashsalt": path.name}  # ids that do not change from run to run
+    with mpl.rc_context(salted), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a name in letters that the font lacks: the browser has them
         figure = render()
         figure.savefig(path.with_name(f"{path.name}.png"), dpi=220, facecolor="white")
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
@@ -152,7 +156,8 @@ def errors(rows: Sequence[Row], dtype: str, colours: Colours) -> "Figure":
         marked = [max(e, edge) for i, e in row.errors if i in row.ill_conditioned]
         if not row.errors and row.error is not None:  # an earlier version recorded only the largest
             plain = [max(row.error, edge)]
-        heights = [y + 0.28 * ((0.618034 * k) % 1 - 0.5) * 2 for k in range(len(plain))]  # evenly spread, not random
+        spread = 0.56 if len(plain) > 1 else 0.0
+        heights = [y + spread * ((0.618034 * k) % 1 - 0.5) for k in range(len(plain))]  # evenly spread, not random
         axes.plot(plain, heights, marker, color=colour, ms=3.6, alpha=0.55, mew=0)
         axes.plot(marked, [y] * len(marked), "x", color=INK, ms=6.5, mew=1.6)
         if row.status != "ok":
@@ -161,7 +166,7 @@ def errors(rows: Sequence[Row], dtype: str, colours: Colours) -> "Figure":
         axes.axvline(u, color=INK, lw=1.1, ls=":", label=f"one rounding in {dtype}, {u:.0e}", zorder=0.5)
     if any(row.ill_conditioned for row in rows):
         axes.plot([], [], "x", color=INK, ms=6.5, mew=1.6, label="ill-conditioned")
-    axes.set_xlabel("relative error of a sample")
+    axes.set_xlabel("relative error of a sample" if any(row.errors for row in rows) else "largest relative error")
     _log(axes, "x", [edge, max([edge * 30, *found])], lambda e: f"{e:.0e}".replace("e-0", "e-"))
     _names(axes, rows)
     figure.legend(loc="outside lower center", ncols=2, handlelength=1.8)

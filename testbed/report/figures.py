@@ -163,7 +163,7 @@ def errors(rows: Sequence[Row], where: str, colours: draw.Colours) -> Figure | N
     dtype = str(shown[0].record.problem.get("dtype", "")) if shown[0].record else ""
     return Figure(
         "errors",
-        _title("Error of each sample", where),
+        _title("Error of each sample" if any(r.errors for r in shown) else "Largest error", where),
         "Distance from the float64 truth, relative to its norm; a dot a sample, crosses: ill-conditioned samples (near "
         "a kink, where a few roundings move the right gradient as far). An exact sample stands on the left edge.",
         f"Relative errors: {'; '.join(said)}.",
