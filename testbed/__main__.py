@@ -14,7 +14,15 @@ from testbed.shield import stoppable
 from testbed.yaml_source import ConfigError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-COMMANDS = ("calibrate", "conformance", "list", "precision")  # all else is an experiment to run
+COMMANDS = (  # all else is an experiment to run
+    "calibrate",
+    "compare",
+    "conformance",
+    "doctor",
+    "list",
+    "precision",
+    "report",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

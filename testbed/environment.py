@@ -45,8 +45,10 @@ def environment(device: torch.device) -> dict[str, Any]:
 def device_name(environment: dict[str, Any]) -> str:
     """Return the device in words: the GPU, or the processor and its threads."""
     if gpu := environment.get("gpu"):
-        return f"{gpu['name']} (CUDA {gpu['cuda']}, driver {gpu['driver']})"
-    return f"{environment['processor']}, {environment['threads']} threads"
+        return f"{gpu.get('name', 'GPU')} (CUDA {gpu.get('cuda', '?')}, driver {gpu.get('driver', '?')})"
+    if "processor" not in environment:  # a record of a sweep, or of an earlier version
+        return "device not recorded"
+    return f"{environment['processor']}, {environment.get('threads', '?')} threads"
 
 
 def _backends_libraries() -> list[str]:

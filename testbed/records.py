@@ -135,12 +135,32 @@ def _write(file: FileIO, data: bytes) -> None:
 
 
 def read_records(path: Path) -> list[Record]:
-    """Read a `results.jsonl`; fields that a later version added are left out, and half a last line (a power cut)."""
-    known = [f.name for f in fields(Record)]
-    text = path.read_bytes().decode("utf-8", errors="replace")
-    whole, _, _ = text.rpartition("\n")
-    lines = (json.loads(line) for line in whole.split("\n") if line.strip())
-    return [Record(**{name: line[name] for name in known}) for line in lines]
+    """Read a `results.jsonl` of this version or another.
+
+    Fields that a later version added are left out, those that an earlier one did not have yet are empty. A last
+    line that the writer was killed in is left out.
+
+    Raises:
+        ValueError: A line is no record; its number is in the message.
+        OSError: The file cannot be read.
+    """
+    empty: dict[str, Any] = {f.name: "" if f.type is str else {} for f in fields(Record)}
+    lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: a text may hold its other line ends
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            data = json.loads(line)
+            data = {name: data[name] for name in empty if data.get(name) is not None}
+        except (ValueError, AttributeError):
+            if number == len(lines) and number > 1:
+                break
+            raise ValueError(f"line {number} is no record") from None
+        if not {"backend", "status"} <= data.keys() or any(type(v) is not type(empty[k]) for k, v in data.items()):
+            raise ValueError(f"line {number} is no record")
+        found.append(Record(**empty | data))
+    return found
 
 
 def exit_code(records: Iterable[Record], expect: Mapping[str, str] | None = None) -> int:

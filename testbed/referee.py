@@ -154,7 +154,8 @@ class Referee:
         index: list[int] = self.chosen.tolist()
         sample = None if agreement.sample is None else index[agreement.sample]
         ill = tuple(sorted(index[i] for i in agreement.ill_conditioned))
-        return replace(agreement, sample=sample, ill_conditioned=ill)
+        errors = tuple((index[i], error) for i, error in agreement.errors)
+        return replace(agreement, sample=sample, ill_conditioned=ill, errors=errors)
 
     def _find(
         self,

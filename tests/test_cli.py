@@ -382,7 +382,8 @@ class TestProcess:
         folder, ended = ran
         assert ended.code == 0
         assert ended.out.startswith("small: A small one.\ndevice: cpu\n")
-        assert ended.out.endswith(f"records in {folder}\n")
+        assert ended.out.endswith(f"records in {folder}\nreport in {folder}/report.html\n")
+        assert (folder / "report.html").exists()
 
     def test_table_has_every_backend_and_no_escape_codes(self, ran: tuple[Path, Ended]) -> None:
         _, ended = ran
@@ -453,7 +454,7 @@ class TestProcess:
             code, out, err = end(process)
         assert time.monotonic() - since < 10
         assert (code, err) == (130, "")
-        assert out.endswith(f"interrupted; what was measured is in {folder}\n")
+        assert f"interrupted; what was measured is in {folder}\n" in out
         cells = [(r.backend, r.status) for r in read_records(folder / "results.jsonl")]
         assert cells == [("naive", "interrupted"), ("vmap", "interrupted")]
 

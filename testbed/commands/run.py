@@ -18,6 +18,7 @@ from testbed.problems import ProblemError
 from testbed.progress import progress
 from testbed.records import EXIT_INTERRUPTED, EXIT_OK, Record, exit_code
 from testbed.report import Report
+from testbed.report.page import draw_page
 from testbed.report.titles import title
 from testbed.run_folder import RunFolder
 
@@ -34,6 +35,9 @@ other commands, each with its own --help:
   python -m testbed precision EXPERIMENT.yaml     errors sample by sample, in several dtypes
   python -m testbed calibrate                     the check's own error rates
   python -m testbed conformance                   every layer and option of torch.nn × every backend
+  python -m testbed report DIR [DIR ...]          a run's page, several side by side; or the table as md, csv, latex
+  python -m testbed compare OLD NEW               cell by cell: better, worse, can't tell
+  python -m testbed doctor                        is this machine fit to measure on?
 
 exit codes: 0 as expected, 1 a backend is wrong, 2 usage, 3 a cell failed, 130 interrupted
 """
@@ -122,6 +126,7 @@ def main(arguments: Sequence[str]) -> int:
         records.sort(key=lambda record: wanted.index(record.cell))
     Report(records).print(Console())
     print(f"{'interrupted; what was measured is' if interrupted else 'records'} in {folder.path}")
+    draw_page(records, folder.path)
     if problem_error:
         raise problem_error
     return EXIT_INTERRUPTED if interrupted else exit_code(records, experiment.expect)
