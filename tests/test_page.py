@@ -177,7 +177,7 @@ class TestExport:
 
     def test_latex_escapes(self) -> None:
         text = FORMATS["latex"]([Run("run", (record("50%_a&b"),))])
-        assert r"50\%\_a\&b & ok & yes * & 100 ms $\pm$3 \%" in text
+        assert r"50\%\_a\&b & ok * & native & 100 ms $\pm$3 \%" in text
 
     def test_pytest_benchmark_reads_it(self, tmp_path: Path) -> None:
         pytest.importorskip("pytest_benchmark")
