@@ -5,37 +5,30 @@ calls `os._exit(0)` a time-out, starts a new worker at once, in the middle of an
 process nor what it wrote.
 """
 
-import faulthandler
 import multiprocessing
 import os
 import pickle
 import signal
-import sys
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
 import torch
 
-from backends import load_plugin
-from backends.base import Unsupported, first_line
 from testbed import autopsy
 from testbed.cell import Cell
-from testbed.host import Failed, Host, Setup
-from testbed.problems import ProblemError
+from testbed.host import Failed, Setup
+from testbed.output import FLOOD, Output
+from testbed.serving import BYTES, serve
 from testbed.timing import Sample
 from testbed.worker import Outcome
 
 STARTUP_S = 300.0  # to import PyTorch on a machine that is busy; no step is charged for it
 CLOSING_S = 1.0  # between the end of a process' pipe and its own end
-TAIL = 2**14  # bytes kept of what a process writes
-FLOOD = 2**26  # bytes that a process may write in a step
-BYTES = 1e9  # in a GB
 FREE = 0.9  # of the memory that is free, for one child: the rest of the system goes on
 CGROUP = Path("/sys/fs/cgroup/memory.max")
 SPAWN = multiprocessing.get_context("spawn")
@@ -88,7 +81,7 @@ class Child:
         self._process.start()
         theirs.close()
         writer.close()
-        self._output = _Output(reader, self.kill)
+        self._output = Output(reader, self.kill)
         self._ready = False
 
     @property
@@ -199,101 +192,5 @@ class Child:
         return f"{reason} (limits.memory_gb: {limit:g})" if limit and "CUDA" not in reason else reason
 
 
-class _Output:
-    """Reads all that a process writes, so that it never waits for a reader, and keeps the end of it."""
-
-    def __init__(self, reader: Connection, on_flood: Any) -> None:  # noqa: ANN401  a function of no arguments
-        self._reader, self._on_flood = reader, on_flood
-        self._kept, self._written, self.flooded = b"", 0, False
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
-
-    @property
-    def tail(self) -> str:
-        """The end of what was written."""
-        return self._kept.decode(errors="replace")
-
-    def last_words(self) -> str:
-        """Return the last line that was written, to be put after a reason."""
-        line = autopsy.last_line(self.tail)
-        return f"; its last output: {line}" if line else ""
-
-    def begin(self) -> None:
-        """Begin to count for a step."""
-        self._written = 0
-
-    def close(self) -> None:
-        """Wait until all is read; who holds the pipe open beyond its process is not waited for."""
-        self._thread.join(CLOSING_S)
-        if not self._thread.is_alive():
-            self._reader.close()
-
-    def _read(self) -> None:
-        while part := self._part():
-            self._kept = (self._kept + part)[-TAIL:]
-            self._written += len(part)
-            if self._written > FLOOD and not self.flooded:
-                self.flooded = True
-                self._on_flood()
-
-    def _part(self) -> bytes:
-        try:
-            return os.read(self._reader.fileno(), 2**16)
-        except OSError:
-            return b""
-
-
-def serve(pipe: Connection, output: Connection, plugins: Sequence[str], about: bytes) -> None:
-    """Take steps from a pipe until it ends; this is what runs in the child."""
-    os.setsid()  # out of reach of the terminal's Ctrl-C; a group of its own, to be ended as one
-    _die_with_parent()
-    for stream in (1, 2):
-        os.dup2(output.fileno(), stream)
-    output.close()
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    faulthandler.enable()  # a crash says where
-    for plugin in plugins:
-        load_plugin(plugin)
-    setup, threads, memory_gb = pickle.loads(about)  # only now: it may hold what a plug-in defines
-    torch.set_num_threads(threads)
-    host = Host(setup)
-    if memory_gb is not None:
-        import resource  # not on Windows, where runs are in-process
-
-        # Not RLIMIT_AS: CUDA reserves more addresses than any machine has memory. Data is what can be written to.
-        resource.setrlimit(resource.RLIMIT_DATA, (int(memory_gb * BYTES),) * 2)
-    pipe.send((None, None))
-    with suppress(EOFError):
-        while True:
-            step, arguments = pipe.recv()
-            pipe.send(_answer(host, step, arguments))
-
-
-def _answer(host: Host, step: str, arguments: Sequence[Any]) -> tuple[Any, Exception | None]:
-    try:
-        return getattr(host, step)(*arguments), None
-    except (Failed, ProblemError) as error:
-        return None, error
-    except Unsupported as refusal:
-        return None, Unsupported(first_line(refusal))
-    except BaseException as error:  # KeyboardInterrupt too: nobody can press Ctrl-C here, the backend raises it
-        return None, Failed.of(error)
-
-
 def _no_answer() -> NoReturn:
     raise EOFError
-
-
-def _die_with_parent() -> None:
-    """See to it that this process ends when its parent does, however that ends."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-
-    def watch() -> None:
-        parent.join()
-        os.killpg(0, signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
-    if sys.platform == "linux":
-        autopsy.die_with_parent_thread()  # also where a call holds the interpreter's lock for ever

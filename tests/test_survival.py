@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -107,13 +108,20 @@ def run(folder: Path, *arguments: str) -> int:
         return main([*arguments, "--plugin", str(folder / "mine.py"), "--in-process"])
 
 
-@pytest.fixture
-def quick(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the quick experiment, its plug-in, and a run of it."""
-    (tmp_path / "e.yaml").write_text(QUICK, encoding="utf-8")
-    (tmp_path / "mine.py").write_text(MINE, encoding="utf-8")
-    assert run(tmp_path, str(tmp_path / "e.yaml"), "--out", str(tmp_path / "run")) == 0
-    return tmp_path
+    folder = tmp_path_factory.mktemp("quick")
+    (folder / "e.yaml").write_text(QUICK, encoding="utf-8")
+    (folder / "mine.py").write_text(MINE, encoding="utf-8")
+    assert run(folder, str(folder / "e.yaml"), "--out", str(folder / "run")) == 0
+    return folder
+
+
+@pytest.fixture
+def quick(ran: Path, tmp_path: Path) -> Path:
+    """Return a copy of that folder, to be spoilt."""
+    return shutil.copytree(ran, tmp_path / "quick")
 
 
 def again(folder: Path, *arguments: str) -> list[tuple[str, str]]:
@@ -152,9 +160,7 @@ class TestResume:
         edit(quick, lambda r: dataclasses.replace(r, status="interrupted") if r.quantity == "norms" else r)
         assert sorted(again(quick)) == [("mine", "norms"), ("naive", "norms"), ("vmap", "norms")]
 
-    def test_a_backend_whose_code_changed_is_run_again(
-        self, quick: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
+    def test_a_backend_whose_code_changed_is_run_again(self, quick: Path) -> None:
         (quick / "mine.py").write_text(MINE + "\n# changed\n", encoding="utf-8")
         assert again(quick) == [("mine", "norms"), ("mine", "grads")]
         assert [r.label for r in read_records(quick / "run" / "superseded.jsonl")] == ["mine", "mine"]
