@@ -1,6 +1,7 @@
 """The Python API: compare backends on a model of your own."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,13 +9,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from backends import available
-from backends.base import BACKENDS, QUANTITIES, Backend, LossFn
+from backends.base import BACKENDS, QUANTITIES, Backend, LossFn, Unsupported
 from backends.batch import Batch, apply, size, take
 from backends.registry import UnknownName, check_options, unknown
 from testbed.agreement import RULES, Rule
 from testbed.cell import Cell
-from testbed.experiment import Choice, Experiment, Timing
-from testbed.problems import Problem, make_problem
+from testbed.experiment import Choice, Combination, Experiment, Timing, Workload
+from testbed.problems import Problem, ProblemError, make_problem
 from testbed.records import Record
 from testbed.report import Report
 from testbed.runner import Emit, Progress, Settings, run
@@ -119,50 +120,92 @@ def check_arguments(model: nn.Module, loss_fn: LossFn, inputs: Batch, targets: T
 def run_experiment(
     experiment: Experiment, name: str, device: torch.device, emit: Emit, progress: Progress | None = None
 ) -> None:
-    """Run an experiment; each record is given to `emit` the moment its cell ends.
+    """Run an experiment, problem by problem; each record is given to `emit` the moment its cell ends.
+
+    Of several problems, one that cannot be made costs the others nothing: its cells are `unsupported`.
 
     Raises:
-        ProblemError: The problem cannot be made.
-        KeyboardInterrupt: Again, after what was measured so far has been emitted.
+        ProblemError: A problem cannot be made; where there are several, after the others have been run.
+        KeyboardInterrupt: Again, after what was measured so far has been emitted, and `interrupted` for the rest.
     """
-    set_precision(experiment)
-    e = experiment
-    about = {
-        "model": str(e.model),
-        "data": str(e.data),
-        "loss": str(e.loss),
-        "batch_size": e.batch_size,
-        "seed": e.seed,
-        "train_steps": e.train_steps,
-        "dtype": e.dtype,
+    by_problem: dict[int, list[Combination]] = {}
+    for combination in experiment.chosen():
+        by_problem.setdefault(experiment.problems.index(combination.problem), []).append(combination)
+    failed: list[ProblemError] = []
+    stopped = False
+    for count, (index, chosen) in enumerate(by_problem.items(), 1):
+        problem = experiment.problems[index]
+        if progress and len(by_problem) > 1:
+            progress.begin(f"problem {count} of {len(by_problem)}: {problem}", 0)
+        set_precision(problem)
+        about, how = about_problem(problem, device), settings(experiment, problem, name)
+        what = [Cell(c.backend.name, c.quantity.name, c.backend.options, c.quantity.options) for c in chosen]
+        try:
+            run(partial(_stop if stopped else problem_of, problem, device), about, what, how, emit, progress)
+        except KeyboardInterrupt:
+            stopped = True
+        except ProblemError as error:
+            if len(by_problem) == 1:
+                raise
+            failed.append(error)
+            run(partial(_refuse, str(error)), about, what, how, emit)
+    if stopped:
+        raise KeyboardInterrupt
+    if failed:
+        raise failed[0]
+
+
+def _stop(*_: object) -> Problem:
+    """Make no problem: the run has been interrupted, and what would have come has to have its records."""
+    raise KeyboardInterrupt
+
+
+def _refuse(reason: str) -> Problem:
+    """Make no problem: it cannot be made, and its cells have to have their records."""
+    raise Unsupported(reason)
+
+
+def about_problem(problem: Workload, device: torch.device) -> dict[str, Any]:
+    """Return what records say of a problem."""
+    named = {key: str(getattr(problem, key)) for key in ("model", "data", "loss")}
+    return {
+        **named,
+        "batch_size": problem.batch_size,
+        "seed": problem.seed,
+        "train_steps": problem.train_steps,
+        "dtype": problem.dtype,
         "device": str(device),
-        "tf32": e.tf32,
+        "tf32": problem.tf32,
     }
 
-    settings = Settings(name, rule(e.agreement), **e.timing.model_dump(), baseline=e.resolved_baseline(), seed=e.seed)
-    run(lambda: problem_of(e, device), about, cells(e.resolved_backends(), e.quantities), settings, emit, progress)
+
+def settings(e: Experiment, problem: Workload, name: str) -> Settings:
+    """Return how an experiment's cells on a problem are run."""
+    seed = problem.seed
+    return Settings(name, rule(e.agreement), **e.timing.model_dump(), baseline=e.resolved_baseline(), seed=seed)
 
 
-def problem_of(e: Experiment, device: torch.device) -> Problem:
+def problem_of(problem: Workload, device: torch.device) -> Problem:
     """Make the problem that an experiment asks for; see `make_problem`."""
+    p = problem
     return make_problem(
-        e.model.name,
-        e.data.name,
-        e.loss.name,
-        model_options=e.model.options,
-        data_options=e.data.options,
-        loss_options=e.loss.options,
-        batch_size=e.batch_size,
-        seed=e.seed,
-        train_steps=e.train_steps,
-        dtype=getattr(torch, e.dtype),
+        p.model.name,
+        p.data.name,
+        p.loss.name,
+        model_options=p.model.options,
+        data_options=p.data.options,
+        loss_options=p.loss.options,
+        batch_size=p.batch_size,
+        seed=p.seed,
+        train_steps=p.train_steps,
+        dtype=getattr(torch, p.dtype),
         device=device,
     )
 
 
-def set_precision(experiment: Experiment) -> None:
-    """Set PyTorch's global TF32 switches as the experiment asks for; the recorded environment shows them."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = experiment.tf32
+def set_precision(problem: Workload) -> None:
+    """Set PyTorch's global TF32 switches as the problem asks for; the recorded environment shows them."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = problem.tf32
 
 
 def cells(backends: Sequence[Choice], quantities: Sequence[Choice]) -> list[Cell]:

@@ -1,32 +1,19 @@
-"""An experiment: the typed, frozen form of its YAML file. Nothing past this file sees a dict from YAML."""
+"""An experiment: the typed, frozen form of its YAML file; `testbed.load` reads it. Nothing past it sees YAML."""
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from backends import available, reference
-from backends.base import BACKENDS, QUANTITIES, Backend
-from backends.registry import (
-    BadOption,
-    Registry,
-    UnknownName,
-    check_options,
-    did_you_mean,
-    explain,
-    options_of,
-    unknown,
-)
+from backends.base import QUANTITIES
 from testbed.agreement import RULES
-from testbed.problems import DATA, LOSSES, MODELS
-from testbed.records import STATUSES, with_options
-from testbed.yaml_source import ConfigError, KeyPath, Source, read, write
+from testbed.records import with_options
+from testbed.yaml_source import ConfigError, write
 
 Dtype = Literal["float32", "float64", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
-HERE = "in this experiment"
 
 
 class _Frozen(BaseModel):
@@ -72,10 +59,9 @@ class Timing(_Frozen):
     warmup: Annotated[int, Field(ge=0)] = Field(1, description="Untimed calls after the first one.")
 
 
-class Experiment(_Frozen):
-    """One experiment, as its YAML file says it."""
+class Workload(_Frozen):
+    """One problem, as names and numbers."""
 
-    description: str = Field("", description="What it is for; printed above the table.")
     model: Choice = Field(description="The model, by name; `python -m testbed list models`.")
     data: Choice = Field(description="The data, by name; `python -m testbed list data`.")
     loss: Choice = Field(description="The loss, by name; `python -m testbed list losses`.")
@@ -85,13 +71,42 @@ class Experiment(_Frozen):
         0, description="Steps of Adam before measuring; random weights hide problems."
     )
     dtype: Dtype = Field("float32", description="Of weights and inputs while measuring.")
-    device: Device = Field("auto", description="`auto` takes CUDA where there is one and says so.")
     tf32: bool = Field(False, description="Let CUDA round float32 products to TF32.")
+
+    def __str__(self) -> str:
+        """Return the problem in a line."""
+        return f"{self.model}, {self.data}, {self.loss}, N={self.batch_size}, {self.dtype}"
+
+
+class Combination(NamedTuple):
+    """What one cell computes, on which problem and by which backend."""
+
+    problem: Workload
+    quantity: Choice
+    backend: Choice
+
+    def facts(self) -> dict[str, Any]:
+        """Return what an entry of `exclude` may ask for, by key."""
+        keys = {key: getattr(self.problem, key) for key in Workload.model_fields}
+        return {"backend": self.backend, "quantity": self.quantity, **keys}
+
+
+class Experiment(_Frozen):
+    """One experiment, as its YAML file says it; sweeps are written out."""
+
+    description: str = Field("", description="What it is for; printed above the table.")
+    problems: tuple[Workload, ...] = Field(
+        description="Mappings with the keys above, each for problems of their own; what they leave out stands above."
+    )
+    device: Device = Field("auto", description="`auto` takes CUDA where there is one and says so.")
     quantities: Annotated[tuple[Choice, ...], Field(min_length=1)] = Field(
         (Choice.of("grads"),), description="What to compute: " + ", ".join(QUANTITIES) + "."
     )
     backends: Annotated[tuple[Choice, ...], Field(min_length=1)] | None = Field(
         None, description="Which backends, with options; all of them if left out."
+    )
+    exclude: tuple[dict[str, Any], ...] = Field(
+        (), description="Cells that are not run: those that match every key of an entry."
     )
     baseline: str | None = Field(None, description="The backend that times are divided by; the reference if left out.")
     agreement: Choice = Field(Choice.of("calibrated"), description="The rule: " + ", ".join(RULES) + ".")
@@ -99,6 +114,17 @@ class Experiment(_Frozen):
     expect: dict[str, str] = Field(
         {}, description="Backend → status that is as expected, such as `backpack: unsupported`; sets the exit code."
     )
+
+    def combinations(self) -> Iterator[Combination]:
+        """Yield what would run without `exclude`, in the order of the tables."""
+        for problem in self.problems:
+            for quantity in self.quantities:
+                for backend in self.resolved_backends():
+                    yield Combination(problem, quantity, backend)
+
+    def chosen(self) -> list[Combination]:
+        """Return what is run: the combinations that no entry of `exclude` matches."""
+        return [c for c in self.combinations() if not any(matches(entry, c.facts()) for entry in self.exclude)]
 
     def resolved_backends(self) -> tuple[Choice, ...]:
         """Return the backends to run: those named, or all."""
@@ -110,46 +136,52 @@ class Experiment(_Frozen):
         return baseline if baseline in {choice.name for choice in self.resolved_backends()} else None
 
     def to_yaml(self) -> str:
-        """Return the experiment as YAML, defaults filled in; reading it back gives the same experiment."""
-
-        def plain(value: Any) -> Any:  # noqa: ANN401  recursion over plain data
-            if isinstance(value, Choice):
-                return plain(value.plain())
-            if isinstance(value, BaseModel):
-                return {name: plain(getattr(value, name)) for name in type(value).model_fields}
-            if isinstance(value, dict):
-                return {k: plain(v) for k, v in value.items()}
-            return [plain(v) for v in value] if isinstance(value, tuple | list) else value
-
-        resolved = self.model_copy(
-            update={"backends": self.resolved_backends(), "baseline": self.resolved_baseline()},
-        )
-        return write(plain(resolved))
+        """Return the experiment as YAML, sweeps written out, defaults filled in; reading it back gives the same."""
+        problems = [_plain(problem) for problem in self.problems]
+        shared = {k: v for k, v in problems[0].items() if all(p[k] == v for p in problems)}
+        own = [{k: v for k, v in p.items() if k not in shared} for p in problems]
+        resolved = {"backends": self.resolved_backends(), "baseline": self.resolved_baseline()}
+        plain = _plain(self.model_copy(update=resolved))
+        del plain["problems"]
+        description = plain.pop("description")
+        several = {"problems": own} if len(own) > 1 else {}
+        return write({"description": description, **shared, **several, **plain})
 
 
-def load_experiment(file: str | Path, assignments: Sequence[str] = (), only: Sequence[str] = ()) -> Experiment:
-    """Read an experiment.
+def matches(entry: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
+    """Return whether all that an entry of `exclude` asks for holds.
 
     Args:
-        file: The YAML file.
-        assignments: `KEY=VALUE` strings that replace parts of it.
-        only: Names of the backends to keep; all if empty.
-
-    Raises:
-        ConfigError: One line: place, what, found, allowed.
+        entry: {key: value, or several of which one is enough}.
+        facts: See `Combination.facts`.
     """
-    source = read(file)
-    if not isinstance(source.data, dict):
-        expected = "expected keys such as 'model', 'data' and 'loss'"
-        raise ConfigError(f"{source.place(())}: {expected}, found {_kind(source.data)}")
-    for assignment in assignments:
-        source.replace(assignment)
-    try:
-        experiment = Experiment.model_validate(_tuples(source.data))
-    except ValidationError as error:
-        raise ConfigError(_first_problem(error, source)) from None
-    _check_names(experiment, source)
-    return _keep(experiment, only) if only else experiment
+    return all(any(is_meant(facts[key], value) for value in several(wanted)) for key, wanted in entry.items())
+
+
+def several(wanted: Any) -> tuple[Any, ...]:  # noqa: ANN401  whatever an entry of `exclude` asks for
+    """Return the values of which one is enough."""
+    return wanted if isinstance(wanted, tuple) else (wanted,)
+
+
+def is_meant(found: Any, wanted: Any) -> bool:  # noqa: ANN401  likewise
+    """Return whether a value of `exclude` means this one; a name with options means all that have these options."""
+    if not isinstance(found, Choice):
+        return type(found) is type(wanted) and bool(found == wanted)  # True is not 1
+    if isinstance(wanted, dict):
+        options = wanted.get(found.name) or {}
+        named = list(wanted) == [found.name] and isinstance(options, dict)
+        return named and all(found.options.get(k) == v for k, v in options.items())
+    return wanted in (found.name, str(found))
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401  recursion over plain data
+    if isinstance(value, Choice):
+        return _plain(value.plain())
+    if isinstance(value, BaseModel):
+        return {name: _plain(getattr(value, name)) for name in type(value).model_fields}
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 
 def resolve_device(device: str) -> torch.device:
@@ -163,86 +195,3 @@ def resolve_device(device: str) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device 'cuda': PyTorch finds no CUDA device here; use device 'cpu' or 'auto'")
     return torch.device(device)
-
-
-def _keep(experiment: Experiment, only: Sequence[str]) -> Experiment:
-    chosen = experiment.resolved_backends()
-    names = {c.name for c in chosen}
-    for name in only:
-        if name not in names:
-            raise ConfigError(f"--only: {unknown('backend', name, names)} {HERE}")
-    kept = tuple(c for c in chosen if c.name in only)
-    expect = {b: status for b, status in experiment.expect.items() if b in {n for c in kept for n in (c.name, str(c))}}
-    baseline = experiment.baseline if experiment.baseline in only else None
-    return experiment.model_copy(update={"backends": kept, "baseline": baseline, "expect": expect})
-
-
-def _first_problem(error: ValidationError, source: Source) -> str:
-    """Return the first of pydantic's errors as one line with its place; a key that is misspelt is not missing."""
-    problems: Any = error.errors()
-    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    path: KeyPath = tuple(problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        owner = Timing if path[0] == "timing" else Experiment
-        known = list(owner.model_fields)
-        asked = f"unknown key '{path[-1]}'{did_you_mean(path[-1], known)}; allowed: {', '.join(known)}"
-        return f"{source.place(path, key=True)}: {asked}"
-    hint = f": {Experiment.model_fields[str(path[0])].description}" if problem["type"] == "missing" else ""
-    return f"{source.place(path)}: {explain(problem)}{hint}"
-
-
-def _check_names(experiment: Experiment, source: Source) -> None:
-    """Check every name and option against the registries, before anything is built."""
-    available()  # discovery fills the registry
-    _check(MODELS, experiment.model, ("model",), source)
-    _check(DATA, experiment.data, ("data",), source)
-    _check(LOSSES, experiment.loss, ("loss",), source)
-    _check(RULES, experiment.agreement, ("agreement",), source)
-    labels: set[str] = set()
-    for i, choice in enumerate(experiment.backends or ()):
-        _check(BACKENDS, choice, ("backends", i), source)
-        if str(choice) in labels:
-            raise ConfigError(f"{source.place(('backends', i))}: backend '{choice}' is listed twice")
-        labels.add(str(choice))
-    for i, choice in enumerate(experiment.quantities):
-        place = source.place(("quantities", i))
-        if choice.name not in QUANTITIES:
-            raise ConfigError(f"{place}: {unknown('quantity', choice.name, QUANTITIES)}")
-        _refuse_bad_option("quantity", choice, getattr(Backend, choice.name), ("quantities", i), source)
-        if choice in experiment.quantities[:i]:
-            raise ConfigError(f"{place}: quantity '{choice}' is listed twice")
-    names = [c.name for c in experiment.resolved_backends()]
-    if experiment.baseline and experiment.baseline not in names:
-        raise ConfigError(f"{source.place(('baseline',))}: {unknown('baseline', experiment.baseline, names)} {HERE}")
-    for name, status in experiment.expect.items():
-        if name not in {*names, *labels}:
-            raise ConfigError(f"{source.place(('expect', name), key=True)}: {unknown('backend', name, names)} {HERE}")
-        if status not in STATUSES:
-            raise ConfigError(f"{source.place(('expect', name))}: {unknown('status', status, STATUSES)}")
-
-
-def _check(registry: Registry[Any], choice: Choice, path: KeyPath, source: Source) -> None:
-    try:
-        thing = registry[choice.name]
-    except UnknownName as error:
-        raise ConfigError(f"{source.place(path)}: {error}") from None
-    _refuse_bad_option(registry.kind, choice, thing, path, source)
-
-
-def _refuse_bad_option(kind: str, choice: Choice, thing: Any, path: KeyPath, source: Source) -> None:  # noqa: ANN401
-    try:
-        check_options(kind, choice.name, thing, choice.options)
-    except BadOption as error:
-        unknown_option = error.path[0] not in options_of(thing)
-        raise ConfigError(f"{source.place((*path, choice.name, *error.path), key=unknown_option)}: {error}") from None
-
-
-def _tuples(value: Any) -> Any:  # noqa: ANN401  recursion over YAML data
-    """Return YAML data with lists as tuples: an experiment is frozen."""
-    if isinstance(value, dict):
-        return {k: _tuples(v) for k, v in value.items()}
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
-
-
-def _kind(value: object) -> str:
-    return {type(None): "nothing", list: "a list", str: "text", bool: "a truth value"}.get(type(value), "a number")

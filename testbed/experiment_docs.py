@@ -16,7 +16,7 @@ from backends import available
 from backends.base import BACKENDS, QUANTITIES, Backend
 from backends.registry import options_of
 from testbed.agreement import RULES
-from testbed.experiment import Choice, Experiment
+from testbed.experiment import Choice, Experiment, Workload
 from testbed.problems import DATA, LOSSES, MODELS
 from testbed.records import STATUSES
 from testbed.yaml_source import write
@@ -63,6 +63,10 @@ def _keys(model: type[BaseModel], above: str = "") -> Iterator[tuple[str, ...]]:
     """Yield a row for each key; a mapping's own keys stand in its place."""
     schema = model.model_json_schema()
     for name, field in model.model_fields.items():
+        if name == "problems":
+            yield from ((key, f"{kind}; or a list", *rest) for key, kind, *rest in _keys(Workload))
+            yield f"`{name}`", "[{key: value, …}, …], not empty", "`null`", field.description or ""
+            continue
         if isinstance(field.default, BaseModel) and not isinstance(field.default, Choice):
             yield from _keys(type(field.default), f"{above}{name}.")
             continue
@@ -102,6 +106,8 @@ def _type(schema: Mapping[str, Any]) -> str:
         return ", ".join(f"`{value}`" for value in schema["enum"])
     if schema["type"] == "array":
         return f"[{_type(schema['items'])}, …]" + (", not empty" if schema.get("minItems") else "")
+    if schema["type"] == "object" and schema["additionalProperties"] is True:
+        return "{key: value, …}"
     if schema["type"] == "object":
         return f"{{name: {_type(schema['additionalProperties'])}, …}}"
     bounds = [f"{sign} {_number(schema[key])}" for key, sign in BOUNDS.items() if key in schema]

@@ -379,8 +379,8 @@ class TestProcess:
     def test_table_has_every_backend_and_no_escape_codes(self, ran: tuple[Path, Ended]) -> None:
         _, ended = ran
         rows = [line.split()[:3] for line in ended.out.splitlines()]
-        assert ["naive", "ok", "yes"] in rows
-        assert ["vmap", "ok", "yes"] in rows
+        assert ["naive", "ok", "native"] in rows
+        assert ["vmap", "ok", "native"] in rows
         assert "\x1b" not in ended.out + ended.err
 
     def test_progress_is_lines(self, ran: tuple[Path, Ended]) -> None:

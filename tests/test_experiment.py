@@ -17,8 +17,10 @@ from backends import available
 from backends.base import QUANTITIES
 from testbed.__main__ import main
 from testbed.agreement import RULES
-from testbed.experiment import Choice, Experiment, Timing, load_experiment
+from testbed.expand import MAX_CELLS
+from testbed.experiment import Choice, Experiment, Timing, Workload
 from testbed.experiment_docs import README, rewrite
+from testbed.load import keys, load_experiment
 from testbed.problems import DATA, LOSSES, MODELS
 from testbed.records import STATUSES
 from testbed.yaml_source import MAX_BYTES, ConfigError, Source, write
@@ -57,7 +59,10 @@ def bomb(levels: int) -> str:
     return "\n".join(lines)
 
 
-KEYS = f"allowed: {', '.join(Experiment.model_fields)}"
+KEYS = f"allowed: {', '.join(keys())}"
+OF_A_PROBLEM = f"allowed: {', '.join(Workload.model_fields)}"
+OF_EXCLUDE = f"allowed: backend, quantity, {', '.join(Workload.model_fields)}"
+TWO = BASE + "backends: [naive, vmap]\nbatch_size: [1, 4]\n"
 CHOICE = "should be a name, or {name: {option: value}}"
 TAG = "is not allowed; an experiment holds names, numbers and lists"
 EXPECTED = "expected keys such as 'model', 'data' and 'loss', found"
@@ -107,7 +112,10 @@ MISTAKES = {
     "list in place of a mapping": (BASE + "timing: ▸[3]", "'timing': should be a mapping, {key: value}, found [3]"),
     "mapping left empty": (BASE + "timing:▸\n", "'timing': should be a mapping, {key: value}, found nothing"),
     "number in place of a name": ("model: ▸3\ndata: random\nloss: nll", f"'model': {CHOICE}, found 3"),
-    "list in place of a name": ("model: ▸[mlp]\ndata: random\nloss: nll", f"'model': {CHOICE}, found ['mlp']"),
+    "list in place of a name in a list": (
+        "model: [mlp, ▸[mlp]]\ndata: random\nloss: nll",
+        f"'model': {CHOICE}, found ['mlp']",
+    ),
     "two names": ("model: ▸{a: {}, b: {}}\ndata: random\nloss: nll", f"'model': {CHOICE}, found {{'a': {{}}, 'b'"),
     "number in place of options": (
         "model: ▸{mlp: 3}\ndata: random\nloss: nll",
@@ -189,6 +197,114 @@ MISTAKES = {
         BASE + "expect: {vmap: ▸okay}",
         "unknown status 'okay' (did you mean 'ok'?); available: ",
     ),
+    # sweeps
+    "sweep of nothing": (BASE + "batch_size: ▸[]", "'batch_size': should have at least one item, found []"),
+    "sweep of an option over nothing": (
+        BASE + "backends: [{opacus: {mode: ▸[]}}]",
+        "'backends.0.opacus.mode': should have at least one item, found []",
+    ),
+    "wrong item of a sweep": (BASE + "batch_size: [1, ▸0]", "'batch_size': should be greater than 0, found 0"),
+    "list in a sweep": (BASE + "batch_size: [1, ▸[2]]", "'batch_size': should be a whole number, found [2]"),
+    "unknown name in a sweep": (
+        "model: [mlp, ▸mpl]\ndata: random\nloss: nll",
+        "unknown model 'mpl' (did you mean 'mlp'?); available: ",
+    ),
+    "wrong item of an option's sweep": (
+        BASE + "backends: [naive, {opacus: {mode: [ew, ▸hook]}}]",
+        "backend 'opacus', option 'mode': should be 'hooks', 'functorch' or 'ew', found 'hook'",
+    ),
+    "wrong item of an option's sweep in a sweep": (
+        "model: [logistic, {mlp: {hidden: [[8], [8, ▸0]]}}]\ndata: random\nloss: nll",
+        "model 'mlp', option 'hidden.1': should be greater than 0, found 0",
+    ),
+    "wrong item of a quantity's sweep": (
+        BASE + "quantities: [grads, {clipped_sum: {max_norm: [1, ▸-1]}}]",
+        "quantity 'clipped_sum', option 'max_norm': should be greater than 0, found -1",
+    ),
+    "neither list nor list of lists": (
+        "model: {mlp: {hidden: [[8], ▸8]}}\ndata: random\nloss: nll",
+        "model 'mlp', option 'hidden': should be a list, [a, b], found 8",
+    ),
+    "problem twice": (BASE + "batch_size: [1, 4, ▸1]", "problem 'mlp, random, nll, N=1, float32' is listed twice"),
+    "backend twice by a sweep": (
+        BASE + "backends: [{opacus: {mode: ew}}, {opacus: {mode: [hooks, ▸ew]}}]",
+        "backend 'opacus(mode=ew)' is listed twice",
+    ),
+    "too many problems": (
+        BASE + f"batch_size: [▸{', '.join(map(str, range(1, 2002)))}]\nseed: [1, 2, 3, 4, 5]",
+        f"lists stand for more than {MAX_CELLS} combinations",
+    ),
+    "too many cells": (
+        "▸" + BASE + f"batch_size: [{', '.join(map(str, range(1, 2002)))}]\nquantities: [norms, gram, grads]",
+        f"{2001 * 3 * len(available())} cells (problem × quantity × backend); at most {MAX_CELLS}",
+    ),
+    # problems
+    "problems are no list": (BASE + "problems: ▸mlp", "'problems': should be a list of mappings, such as ["),
+    "no problems": (BASE + "problems: ▸[]", "'problems': should have at least one item, found []"),
+    "problem is a name": (BASE + "problems: [▸mlp]", "'problems.0': should be a list of mappings, such as ["),
+    "misspelt key of a problem": (
+        BASE + "problems: [{▸modle: mlp}]",
+        f"unknown key 'modle' (did you mean 'model'?); {OF_A_PROBLEM}",
+    ),
+    "key that is not a problem's": (
+        BASE + "problems: [{▸timing: {rounds: 3}}]",
+        "unknown key 'timing'; allowed: model",
+    ),
+    "problem without data": (
+        "loss: nll\nproblems:\n  - {model: mlp, data: random}\n  - ▸{model: mlp}",
+        "'data' is required: The data, by name;",
+    ),
+    "wrong value in a problem": (
+        BASE + "problems: [{batch_size: 1}, {batch_size: ▸x}]",
+        "'batch_size': should be a whole number, found 'x'",
+    ),
+    "unknown name in a problem": (BASE + "problems: [{model: [mlp, ▸mpl]}]", "unknown model 'mpl' (did you mean"),
+    "unknown option in a problem": (
+        BASE + "problems: [{model: {mlp: {▸hiden: [3]}}}]",
+        "model 'mlp' has no option 'hiden' (did you mean 'hidden'?)",
+    ),
+    "problem listed twice": (
+        BASE + "problems: [{batch_size: 64}, ▸{seed: 0}]",
+        "problem 'mlp, random, nll, N=64, float32' is listed twice",
+    ),
+    # exclude
+    "exclude is no list": (TWO + "exclude: ▸{backend: vmap}", "'exclude': should be a list, [a, b], found {'backend'"),
+    "entry is no mapping": (TWO + "exclude: [▸vmap]", "'exclude.0': should be a mapping, {key: value}, found 'vmap'"),
+    "entry is empty": (TWO + "exclude: [▸{}]", f"should ask for something, found {{}}; {OF_EXCLUDE}"),
+    "misspelt key of exclude": (
+        TWO + "exclude: [{▸bacend: vmap}]",
+        f"unknown key 'bacend' (did you mean 'backend'?); {OF_EXCLUDE}",
+    ),
+    "backend to exclude is unknown": (
+        TWO + "exclude: [{backend: ▸vmpa}]",
+        "unknown backend 'vmpa' (did you mean 'vmap'?); available: naive, vmap in this experiment",
+    ),
+    "backend to exclude has no such option": (
+        TWO + "exclude: [{backend: ▸{vmap: {chunk_size: 3}}}]",
+        "unknown backend 'vmap(chunk_size=3)'; available: naive, vmap in this experiment",
+    ),
+    "one of those to exclude is unknown": (
+        TWO + "exclude: [{backend: [vmap, ▸opacus]}]",
+        "unknown backend 'opacus'; available: naive, vmap in this experiment",
+    ),
+    "none of a list to exclude": (
+        TWO + "exclude: [{backend: ▸[]}]",
+        "'backend': should have at least one item, found []",
+    ),
+    "batch size to exclude is not there": (
+        TWO + "exclude: [{backend: vmap}, {batch_size: ▸16}]",
+        "unknown batch_size '16'; available: 1, 4 in this experiment",
+    ),
+    "batch size to exclude is text": (
+        TWO + "exclude: [{batch_size: ▸'4'}]",
+        "unknown batch_size '4'",
+    ),
+    "nothing to exclude": (TWO + "exclude: [{dtype:▸ }]", "unknown dtype 'nothing'; available: float32 in this"),
+    "combination to exclude is not there": (
+        BASE + "problems: [{batch_size: 4}, {model: logistic}]\nexclude: [{model: logistic, batch_size: ▸4}]",
+        "unknown batch_size '4'; available: 64 where model is logistic",
+    ),
+    "all is excluded": (TWO + "exclude: ▸[{backend: naive}, {backend: vmap}]", "'exclude' leaves no cell to run"),
     # what is no experiment, or no YAML
     "empty file": ("▸", f"{EXPECTED} nothing"),
     "only a comment": ("▸# model: mlp\n\n", f"{EXPECTED} nothing"),
@@ -284,15 +400,15 @@ def test_missing_file_names_those_beside_it(tmp_path: Path) -> None:
 
 LISTED = "backends: [naive, vmap]\n"
 SETTINGS: dict[str, tuple[str, Callable[[Experiment], Any], Any]] = {
-    "a number": ("batch_size=32", lambda e: e.batch_size, 32),
-    "spaces": (" batch_size = 32 ", lambda e: e.batch_size, 32),
-    "a comment": ("batch_size=32 # enough", lambda e: e.batch_size, 32),
+    "a number": ("batch_size=32", lambda e: e.problems[0].batch_size, 32),
+    "spaces": (" batch_size = 32 ", lambda e: e.problems[0].batch_size, 32),
+    "a comment": ("batch_size=32 # enough", lambda e: e.problems[0].batch_size, 32),
     "nested": ("timing.rounds=5", lambda e: e.timing, Timing(rounds=5)),
     "a whole mapping": ("timing={warmup: 0}", lambda e: e.timing, Timing(warmup=0)),
     "an item": ("backends.1=opacus", lambda e: e.backends, (Choice.of("naive"), Choice.of("opacus"))),
     "a list": ("backends=[opacus]", lambda e: e.backends, (Choice.of("opacus"),)),
     "nothing": ("backends=", lambda e: e.backends, None),
-    "a name by its options": ("data.random.classes=3", lambda e: e.data, Choice.of("random", classes=3)),
+    "a name by its options": ("data.random.classes=3", lambda e: e.problems[0].data, Choice.of("random", classes=3)),
     "an item by its options": (
         "backends.1.vmap.chunk_size=3",
         lambda e: e.backends[1],  # type: ignore[index]
@@ -310,7 +426,7 @@ def test_set_replaces(load: Any, assignment: str, field: Callable[[Experiment], 
 
 
 def test_the_last_set_wins(load: Any) -> None:
-    assert load(BASE, ["batch_size=3", "batch_size=4"]).batch_size == 4
+    assert load(BASE, ["batch_size=3", "batch_size=4"]).problems[0].batch_size == 4
 
 
 BAD_SETTINGS = {
@@ -322,6 +438,8 @@ BAD_SETTINGS = {
     "batch_size=-3": "'batch_size': should be greater than 0, found -3",
     "batch_size=": "'batch_size': should be a whole number, found nothing",
     "batch_size.x=3": "'batch_size': should be a whole number, found {'x': 3}",
+    "batch_size=[3, 0]": "'batch_size': should be greater than 0, found 0",
+    "exclude=[{backend: vmpa}]": "unknown backend 'vmpa' (did you mean 'vmap'?); available: naive, vmap in this exper",
     "timing=3": "'timing': should be a mapping, {key: value}, found 3",
     "backends.2=vmap": "there is no 'backends.2'",
     "backends.-1=vmap": "there is no 'backends.-1'",
@@ -407,7 +525,7 @@ def test_anchors_may_be_used(load: Any) -> None:
 
 
 def test_byte_order_mark_and_windows_line_ends_are_read(load: Any) -> None:
-    assert load("\ufeff" + BASE.replace("\n", "\r\n")).loss == Choice.of("nll")
+    assert load("\ufeff" + BASE.replace("\n", "\r\n")).problems[0].loss == Choice.of("nll")
 
 
 PLAIN = st.recursive(
@@ -436,8 +554,10 @@ train_steps: 2
 dtype: float64
 device: cpu
 tf32: true
-quantities: [grads, {clipped_sum: {max_norm: 0.5}}]
-backends: [vmap, {vmap: {chunk_size: 3}}, {opacus: {mode: ew}}]
+problems: [{batch_size: 4}, {model: logistic, seed: [1, 2]}]
+quantities: [grads, {clipped_sum: {max_norm: [0.5, 1]}}]
+backends: [vmap, {vmap: {chunk_size: [3, 4]}}, {opacus: {mode: ew}}]
+exclude: [{backend: {vmap: {chunk_size: 3}}, seed: [1, 2]}, {quantity: grads, model: mlp}]
 baseline: vmap
 agreement: {allclose: {atol: 1e-5, rtol: 0}}
 timing: {rounds: 3, max_s: 1.5, warmup: 0}
@@ -448,7 +568,7 @@ expect: {opacus(mode=ew): ok, vmap: unsupported}
 def test_everything_comes_back_from_yaml(load: Any) -> None:
     experiment = load(EVERYTHING)
     assert load(experiment.to_yaml()) == experiment
-    assert {key for key in Experiment.model_fields if f"\n{key}:" in EVERYTHING} == set(Experiment.model_fields)
+    assert {key for key in keys() if f"\n{key}:" in EVERYTHING} == set(keys())
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda file: file.stem)
@@ -466,9 +586,8 @@ def available_in(file: Path) -> list[str]:
 @given(st.text())
 @settings(PROPERTY, max_examples=50)
 def test_any_description_comes_back_from_yaml(description: str) -> None:
-    experiment = Experiment(
-        model=Choice.of("mlp"), data=Choice.of("random"), loss=Choice.of("nll"), description=description
-    )
+    problem = Workload(model=Choice.of("mlp"), data=Choice.of("random"), loss=Choice.of("nll"))
+    experiment = Experiment(problems=(problem,), description=description)
     assert Source(experiment.to_yaml(), "text").data["description"] == description
 
 
@@ -482,7 +601,7 @@ def test_baseline_that_is_not_run_is_none(load: Any) -> None:
     assert load(load(BASE + "backends: [vmap]").to_yaml()).resolved_baseline() is None
 
 
-@pytest.mark.parametrize(("part", "name"), [("", "batch_size"), ("timing", "rounds"), ("model", "name")])
+@pytest.mark.parametrize(("part", "name"), [("", "device"), ("timing", "rounds"), ("agreement", "name")])
 def test_experiment_is_frozen(load: Any, part: str, name: str) -> None:
     experiment = load(BASE)
     with pytest.raises(ValidationError, match="frozen"):
@@ -494,10 +613,8 @@ ANYTHING = st.one_of(
     st.binary(),
     st.text().map(str.encode),
     st.lists(st.sampled_from(LINES) | SHORT, max_size=20).map(lambda lines: "\n".join(lines).encode()),
-    st.dictionaries(st.sampled_from([*Experiment.model_fields]) | SHORT, PLAIN).map(lambda d: write(d).encode()),
-    st.dictionaries(st.sampled_from([*Experiment.model_fields]), PLAIN, max_size=2).map(
-        lambda d: (BASE + write(d)).encode()
-    ),
+    st.dictionaries(st.sampled_from(keys()) | SHORT, PLAIN).map(lambda d: write(d).encode()),
+    st.dictionaries(st.sampled_from(keys()), PLAIN, max_size=2).map(lambda d: (BASE + write(d)).encode()),
 )
 
 
@@ -519,12 +636,12 @@ class TestReadme:
         assert rewrite(self.text) == self.text, "run: python -m testbed.experiment_docs"
 
     def test_tables_notice_a_change(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(Experiment.model_fields["batch_size"], "default", 65)
+        monkeypatch.setattr(Workload.model_fields["batch_size"], "default", 65)
         assert "| `65` |" in rewrite(self.text)
 
     @pytest.mark.parametrize("yaml", re.findall(r"```yaml\n(.*?)```", text, re.DOTALL))
     def test_examples_can_be_run(self, load: Any, yaml: str) -> None:
-        assert load(yaml).model
+        assert load(yaml).chosen()
 
     @pytest.mark.parametrize("command", re.findall(r"^python -m testbed (experiments/.*)$", text, re.MULTILINE))
     def test_commands_can_be_run(self, monkeypatch: pytest.MonkeyPatch, command: str) -> None:

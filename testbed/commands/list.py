@@ -10,7 +10,7 @@ from backends import available
 from backends.base import BACKENDS, Unavailable
 from backends.registry import Registry, options_of
 from testbed.commands.plugins import add_plugin, load_plugins
-from testbed.experiment import load_experiment
+from testbed.load import load_experiment
 from testbed.problems import DATA, LOSSES, MODELS
 from testbed.records import EXIT_OK
 from testbed.yaml_source import ConfigError

@@ -16,7 +16,8 @@ from rich.table import Table
 
 from testbed.api import problem_of, set_precision
 from testbed.commands.plugins import add_plugin, load_plugins
-from testbed.experiment import load_experiment, resolve_device
+from testbed.experiment import resolve_device
+from testbed.load import load_experiment
 from testbed.precision import Cancellation, Errors, cancellation, measure
 from testbed.progress import progress
 from testbed.records import EXIT_OK, EXIT_WRONG
@@ -45,14 +46,18 @@ def main(arguments: Sequence[str]) -> int:
             raise ConfigError(f"--dtype: unknown dtype '{name}'; available: {', '.join(DTYPES)}")
     chosen = [*options.set, *([f"device={options.device}"] if options.device else [])]
     experiment = load_experiment(options.experiment, chosen)
-    set_precision(experiment)
+    if len(experiment.problems) > 1:
+        many = f"{options.experiment}: has {len(experiment.problems)} problems, and this command looks at one"
+        raise ConfigError(f"{many}; leave one with --set, such as --set batch_size=64")
+    (problem,) = experiment.problems
+    set_precision(problem)
     device = resolve_device(experiment.device)
     folder = options.out or Path("runs") / f"precision-{time.strftime('%Y%m%d-%H%M%S')}"
     with progress() as shown, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # libraries warn of speed here, which is not measured
         shown.begin("precision", 0)
         chosen_backends = [(c.name, c.options) for c in experiment.backends or ()]
-        found = measure(problem_of(experiment, device), dtypes, chosen_backends or None, shown.step)
+        found = measure(problem_of(problem, device), dtypes, chosen_backends or None, shown.step)
     lost = [cancellation(getattr(torch, name)) for name in dtypes]
     _show(found, lost, Console())
     _save(found, lost, folder)

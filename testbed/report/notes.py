@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from testbed.records import Record
 from testbed.report import units
+from testbed.report.prices import prices, sentence
 
 LAUNCH_BOUND = 0.9  # of the time spent in launching: the device waits for the host
 
@@ -22,15 +23,14 @@ def _winner(records: Sequence[Record]) -> str:
             return ""
         return "No backend gave a right result that could be timed."
     best = min(right, key=lambda r: r.timing["median_s"])
-    text = f"Cheapest right backend: {best.label}"
-    if step := best.timing.get("ordinary"):
-        text += f", {units.ratio(step['ratio'])} ordinary steps"
     base, value = best.timing["baseline"], best.timing["ratio"]
+    found = prices(records)
+    said = [sentence(best.quantity, found, base) if found else f"Cheapest right backend: {best.label}."]
     if value and best.label != base:
         low, high = best.timing["ratio_ci"]
-        speed = f"{units.ratio(1 / value)} times as fast as {base}{units.interval([1 / high, 1 / low])}"
-        text += f"; {speed}" if best.timing["verdict"] == "faster" else f"; {speed}, which may be noise"
-    return text + "."
+        speed = f"{best.label} is {units.ratio(1 / value)} times as fast as {base}{units.interval([1 / high, 1 / low])}"
+        said.append(f"{speed}." if best.timing["verdict"] == "faster" else f"{speed}, which may be noise.")
+    return " ".join(said)
 
 
 def _reasons(records: Sequence[Record]) -> list[str]:

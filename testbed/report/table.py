@@ -1,34 +1,37 @@
-"""Records → tables with notes, as text and as HTML."""
+"""Records → tables with notes and a summary, as text and as HTML."""
 
 import html
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from testbed.environment import device_name
 from testbed.records import Record
-from testbed.report import units
+from testbed.report import summary, units
 from testbed.report.notes import ill_conditioned, notes
+from testbed.report.titles import titles
 
-ALIGN_LEFT = 3  # the first columns are words
+ALIGN_LEFT = ("backend", "status", "way", "quantity", "N", "cheapest", "next")  # columns that are words
 
 
 @dataclass(frozen=True)
 class Table:
-    """One problem and quantity.
+    """One problem and quantity, or the summary of several.
 
     Attributes:
-        title: Problem, quantity and device in a line.
+        problem: What the tables of one problem have in common, in a line.
+        title: What it is about besides, such as the quantity.
         header: The columns' names.
         rows: The cells' text, as many as the header in each.
         notes: What the table cannot say, in plain words.
     """
 
+    problem: str
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -46,11 +49,30 @@ class Report:
         self.records = list(records)
 
     def tables(self) -> list[Table]:
-        """Return a table for each problem and quantity."""
-        groups: dict[tuple[str, str], list[Record]] = {}
-        for record in self.records:
-            groups.setdefault((str(record.problem), record.quantity), []).append(record)
-        return [_table(group) for group in groups.values()]
+        """Return a table for each problem and quantity, those of a problem next to each other."""
+        problems = _grouped(self.records, lambda r: str(r.problem))
+        own = self._titles()[1]
+        return [
+            _table(title, group)
+            for title, mine in zip(own, problems, strict=True)
+            for group in _grouped(mine, lambda r: r.quantity)
+        ]
+
+    def shared(self) -> str:
+        """Return what all problems have in common, in a line; empty where there is one."""
+        return self._titles()[0]
+
+    def summary(self) -> list[Table]:
+        """Return who wins where: a table for all problems that differ in the batch size only; none for one table."""
+        if len({(str(r.problem), r.quantity) for r in self.records}) < 2:
+            return []
+        baseline = next((str(r.timing["baseline"]) for r in self.records if r.timing.get("baseline")), "baseline")
+        families = _grouped(self.records, lambda r: str({**r.problem, "batch_size": 0}))
+        _, own = titles([family[0] for family in families], but={"batch_size"})
+        return [_summary(title, family, baseline) for title, family in zip(own, families, strict=True)]
+
+    def _titles(self) -> tuple[str, list[str]]:
+        return titles([group[0] for group in _grouped(self.records, lambda r: str(r.problem))])
 
     def __str__(self) -> str:
         """Return the tables as text, 80 columns wide."""
@@ -59,31 +81,59 @@ class Report:
         return out.getvalue().rstrip()
 
     def print(self, console: Console) -> None:
-        """Print the tables on a console, in its width."""
-        for table in self.tables():
-            console.print(Text(table.title, style="bold"))
-            console.print(_grid(table, stacked=_width(table) > console.width))
-            console.print()
-            for note in table.notes:
-                console.print(Text(f"• {note}"))
-            console.print()
+        """Print the tables on a console, in its width; what several have in common is said once."""
+        tables = self.tables()
+        if shared := self.shared():
+            console.print(Text(f"All problems: {shared}\n", style="bold"))
+        for problem, group in groupby(tables, key=lambda table: table.problem):
+            mine = list(group)
+            common = [note for note in mine[0].notes if len(mine) > 1 and all(note in table.notes for table in mine)]
+            if len(mine) > 1:
+                console.print(Text(f"{problem}\n", style="bold"))
+                _print_notes(console, common)
+            for table in mine:
+                console.print(Text(table.title if len(mine) > 1 else f"{table.title} · {problem}", style="bold"))
+                console.print(_grid(table, console.width), "")
+                _print_notes(console, [note for note in table.notes if note not in common])
+        if found := self.summary():
+            console.print(Text("Who wins where", style="bold"))
+            console.print(f"{summary.EXPLANATION}\n")
+            for table in found:
+                console.print(Text(table.problem, style="bold"))
+                console.print(_grid(table, console.width), "")
+            _print_notes(console, list(dict.fromkeys(note for table in found for note in table.notes)))
 
     def _repr_html_(self) -> str:
         """Return the tables as HTML, as notebooks show them."""
-        return "\n".join(_html(table) for table in self.tables())
+        shared = self.shared()
+        head = f"<p>{html.escape(shared)}</p>\n" if shared else ""
+        return head + "\n".join(_html(table) for table in [*self.tables(), *self.summary()])
 
 
-def _table(records: Sequence[Record]) -> Table:
-    first = records[0]
-    baseline = next((r.timing["baseline"] for r in records if r.timing.get("baseline")), "baseline")
-    header = ("backend", "status", "agrees", "median", f"× {baseline}", "× step", "peak", "first")
+def _grouped(records: Iterable[Record], key: Callable[[Record], str]) -> list[list[Record]]:
+    """Return the records by a key, in the order in which its values come first."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(key(record), []).append(record)
+    return list(groups.values())
+
+
+def _table(problem: str, records: Sequence[Record]) -> Table:
+    baseline = next((r.timing["baseline"] for r in records if r.timing.get("baseline")), None)
+    header = ("backend", "status", "way", "median", f"× {baseline}", "× step", "peak", "first")
     rows = [_row(r) for r in sorted(records, key=lambda r: r.status != "ok")]
     if step := next((r.timing["ordinary"] for r in records if r.timing.get("ordinary")), None):
         rows.append(("ordinary step", "", "", _median(step), "", "1", "", ""))
         if bound := next((r.timing["limit"] for r in records if r.timing.get("limit")), None):
             share = units.ratio(bound["seconds"] / step["median_s"])
             rows.append(("limit", "", "", units.seconds(bound["seconds"]), "", share, "", ""))
-    return Table(_title(first), header, tuple(rows), tuple(notes(records)))
+    lines = [header, *rows] if baseline else [line[:4] + line[5:] for line in (header, *rows)]
+    return Table(problem, records[0].quantity, lines[0], tuple(lines[1:]), tuple(notes(records)))
+
+
+def _summary(problem: str, records: Sequence[Record], baseline: str) -> Table:
+    rows = tuple(summary.rows(summary.wins(records, baseline)))
+    return Table(problem, "who wins where", (*summary.HEADER, baseline), rows, tuple(summary.notes(rows)))
 
 
 def _width(table: Table) -> int:
@@ -91,16 +141,34 @@ def _width(table: Table) -> int:
     return sum(max(map(len, column)) + 2 for column in columns)
 
 
-def _grid(table: Table, stacked: bool) -> RichTable:
-    """Return the table for a terminal; where it is too wide, spreads and intervals go below their numbers."""
+def _grid(table: Table, width: int) -> RichTable:
+    """Return the table for a terminal; where it is too wide, options, spreads, intervals have lines of their own."""
+    stacked = _width(table) > width
     grid = RichTable(box=box.SIMPLE_HEAD, padding=(0, 0), pad_edge=False, show_edge=False)
     for i, column in enumerate(table.header):
-        left = i < ALIGN_LEFT
-        grid.add_column(column, justify="left" if left else "right", overflow="fold", no_wrap=i > 0 or not stacked)
+        left = column in ALIGN_LEFT
+        words = column in ("cheapest", "next")  # may be wrapped at spaces
+        keep = not stacked or (i > 0 and not words)
+        grid.add_column(column, justify="left" if left else "right", overflow="fold", no_wrap=keep)
     for row in table.rows:
-        texts = (text.replace(" ±", "\n±").replace(" [", "\n[") if stacked else text for text in row)
+        texts = (_stacked(text) if stacked else text for text in row)
         grid.add_row(*(Text(text) for text in texts))
     return grid
+
+
+def _stacked(text: str) -> str:
+    """Return a cell in several lines: `opacus(mode=ew)` as `opacus` and ` mode=ew`, intervals below their numbers."""
+    name, bracket, options = text.partition("(")
+    if bracket and options.endswith(")"):
+        text = "\n ".join([name, *options[:-1].split(", ")])
+    return text.replace(" ±", "\n±").replace(" [", "\n[")
+
+
+def _print_notes(console: Console, found: Sequence[str]) -> None:
+    for note in found:
+        console.print(Text(f"• {note}"))
+    if found:
+        console.print()
 
 
 def _row(r: Record) -> tuple[str, ...]:
@@ -108,9 +176,9 @@ def _row(r: Record) -> tuple[str, ...]:
     against = "1" if t.get("verdict") == "baseline" else units.ratio(t.get("ratio")) + units.interval(t.get("ratio_ci"))
     step = t.get("ordinary") or {}
     return (
-        r.label + ("" if not t.get("native") or r.quantity == "grads" else " *"),
-        r.status,
-        _agreement(r),
+        r.label,
+        _status(r),
+        "native" if t.get("native") else "derived",
         _median(t),
         against,
         units.ratio(step.get("ratio")),
@@ -119,14 +187,12 @@ def _row(r: Record) -> tuple[str, ...]:
     )
 
 
-def _agreement(r: Record) -> str:
-    if r.status == "interrupted" and r.agreement.get("precision", {}).get("agrees"):
-        return "yes"  # so far
+def _status(r: Record) -> str:
     if r.status != "ok":
-        return "no" if r.diagnosis else "–"
+        return r.status
     if r.agreement.get("rule") == "calibrated" and "same_function" not in r.agreement:
-        return "yes ?"  # question 1 was not asked; a note says why
-    return "yes *" if ill_conditioned(r) else "yes"
+        return "ok ?"  # question 1 was not asked; a note says why
+    return "ok *" if ill_conditioned(r) else "ok"
 
 
 def _median(timing: dict[str, float]) -> str:
@@ -136,18 +202,12 @@ def _median(timing: dict[str, float]) -> str:
     return f"{units.seconds(median)} {units.spread(median, timing['p5_s'], timing['p95_s'])}"
 
 
-def _title(r: Record) -> str:
-    p = r.problem
-    train = f", trained {p['train_steps']} steps" if p.get("train_steps") else ""
-    what = ", ".join(str(p[key]) for key in ("model", "data", "loss") if p.get(key))
-    return f"{r.quantity} · {what}{train} · N={p['batch_size']}, {p['dtype']} · {device_name(r.environment)}"
-
-
 def _html(table: Table) -> str:
     def line(tag: str, cells: Iterable[str]) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
     body = "".join(line("td", row) for row in table.rows)
     under = "".join(f"<li>{html.escape(note)}</li>" for note in table.notes)
-    head = f"<caption>{html.escape(table.title)}</caption><thead>{line('th', table.header)}</thead>"
+    caption = " · ".join(part for part in (table.title, table.problem) if part)
+    head = f"<caption>{html.escape(caption)}</caption><thead>{line('th', table.header)}</thead>"
     return f"<table>{head}<tbody>{body}</tbody></table><ul>{under}</ul>"
