@@ -1,8 +1,9 @@
 """Architectures of Hugging Face's `transformers`, an optional library, with random weights and no dropout."""
 
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from backends.base import first_line
@@ -31,6 +32,7 @@ def bert(
     width: Positive = 768,
     depth: Positive = 12,
     heads: Positive = 12,
+    frozen: Annotated[int, Field(ge=0)] = 0,
 ) -> nn.Module:
     """A BERT classifier of token sequences, BERT-base by default; needs `transformers`.
 
@@ -41,6 +43,7 @@ def bert(
         width: Numbers a token; the MLPs are four times as wide.
         depth: Blocks.
         heads: Attention heads.
+        frozen: Blocks from below that are not trained, and with them the embeddings; 0 trains everything.
     """
     library = _transformers("bert")
     length = tokens("bert", example, vocabulary).shape[1]
@@ -55,7 +58,11 @@ def bert(
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    return Logits(library.BertForSequenceClassification(config))
+    model = library.BertForSequenceClassification(config)
+    if frozen:
+        for part in (model.bert.embeddings, *model.bert.encoder.layer[:frozen]):
+            part.requires_grad_(False)
+    return Logits(model)
 
 
 @register_model("gpt2")

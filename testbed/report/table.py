@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from testbed.experiment import Published
 from testbed.records import Record
 from testbed.report import summary, units
 from testbed.report.notes import ill_conditioned, notes
+from testbed.report.published import HEADING, comparisons
 from testbed.report.titles import titles
 
 ALIGN_LEFT = ("backend", "status", "way", "quantity", "N", "cheapest", "next")  # columns that are words
@@ -43,10 +45,11 @@ class Report:
 
     Attributes:
         records: The records, in the order their cells ended.
+        published: What publications say of such cells.
     """
 
-    def __init__(self, records: Iterable[Record]) -> None:
-        self.records = list(records)
+    def __init__(self, records: Iterable[Record], published: Sequence[Published] = ()) -> None:
+        self.records, self.published = list(records), published
 
     def tables(self) -> list[Table]:
         """Return a table for each problem and quantity, those of a problem next to each other."""
@@ -102,6 +105,9 @@ class Report:
                 console.print(Text(table.problem, style="bold"))
                 console.print(_grid(table, console.width), "")
             _print_notes(console, list(dict.fromkeys(note for table in found for note in table.notes)))
+        if self.published:
+            console.print(Text(HEADING, style="bold"))
+            _print_notes(console, list(comparisons(self.published, self.records)))
 
     def _repr_html_(self) -> str:
         """Return the tables as HTML, as notebooks show them."""
