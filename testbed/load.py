@@ -152,9 +152,10 @@ def _first_problem(error: ValidationError, schema: type[BaseModel], part: Part) 
     problems: Any = error.errors()
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     path: KeyPath = tuple(problem["loc"])
+    fields = schema.model_fields if len(path) == 1 else NESTED.get(str(path[0]), schema).model_fields
     if problem["type"] == "extra_forbidden":  # keys at the top level have been looked at
-        return _unknown_key(path, NESTED[str(path[0])].model_fields, part)
-    hint = f": {schema.model_fields[str(path[0])].description}" if problem["type"] == "missing" else ""
+        return _unknown_key(path, fields, part)
+    hint = f": {fields[str(path[-1])].description}" if problem["type"] == "missing" else ""
     return f"{part.place(path)}: {explain(problem)}{hint}"
 
 

@@ -27,11 +27,12 @@ def apply_size(source: Source, keys: Sequence[str]) -> None:
     """
     data = source.data
     sizes, size = data.get("sizes") or {}, data.get("size")
-    if not isinstance(sizes, dict) or not all(isinstance(entry, dict) for entry in sizes.values()):
-        wanted = "should be mappings by name, such as {small: {batch_size: 4}}"
-        raise ConfigError(f"{source.place(('sizes',))}: 'sizes': {wanted}")
+    if not isinstance(sizes, dict):
+        raise _no_mapping(("sizes",), source)
     allowed = [key for key in keys if key not in OWN]
     for name, entry in sizes.items():
+        if not isinstance(entry, dict):
+            raise _no_mapping(("sizes", name), source)
         _refuse_unknown(entry, allowed, ("sizes", name), source)
     if size is None:
         return
@@ -42,8 +43,15 @@ def apply_size(source: Source, keys: Sequence[str]) -> None:
     data["sizes"] = {size: {}}
 
 
+def _no_mapping(path: KeyPath, source: Source) -> ConfigError:
+    wanted = "should be mappings by name, such as sizes: {small: {batch_size: 4}}"
+    return ConfigError(f"{source.place(path)}: '{'.'.join(map(str, path))}': {wanted}")
+
+
 def _refuse_unknown(entry: dict[str, Any], allowed: Collection[str], path: KeyPath, source: Source) -> None:
     for key in entry:
         if key not in allowed:
             place = source.place((*path, key), key=True)
-            raise ConfigError(f"{place}: unknown key '{key}'{did_you_mean(key, allowed)}; allowed: {', '.join(allowed)}")
+            raise ConfigError(
+                f"{place}: unknown key '{key}'{did_you_mean(key, allowed)}; allowed: {', '.join(allowed)}"
+            )

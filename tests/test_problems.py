@@ -74,12 +74,13 @@ def test_every_model_and_loss_fit_together_where_the_targets_do(model: str, loss
 def test_every_model_fits_any_data_or_says_what_it_takes(model: str, data: str) -> None:
     if model in OF_TRANSFORMERS:
         pytest.importorskip("transformers")
+    said = ""
     try:
         p = small(model, data, model_options=FITTING.get(model, {}).get("model_options"))
+        call(p.model, p.inputs)
     except ProblemError as error:
-        assert re.match(f"model '{model}' (takes|has) .*data", str(error))
-    else:
-        assert len(call(p.model, p.inputs)) == 4
+        said = str(error)
+    assert not said or re.match(f"model '{model}' (takes|has) .*data", said)
 
 
 @pytest.mark.parametrize("model", sorted(MODELS))

@@ -88,7 +88,7 @@ def main(arguments: Sequence[str]) -> int:
         if not records:
             raise
         problem_error = error
-    Report(records, experiment.published).print(Console())
+    Report(records, experiment.published, experiment.size).print(Console())
     print(f"{'interrupted; what was measured is' if interrupted else 'records'} in {folder.path}")
     if problem_error:
         raise problem_error

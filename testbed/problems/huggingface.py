@@ -1,5 +1,6 @@
 """Architectures of Hugging Face's `transformers`, an optional library, with random weights and no dropout."""
 
+from importlib import import_module
 from types import ModuleType
 from typing import Annotated, Any
 
@@ -105,9 +106,8 @@ def gpt2(
 
 def _transformers(model: str) -> ModuleType:
     try:
-        import transformers  # takes seconds, and is optional
+        return import_module("transformers")  # takes seconds, and is optional
     except ImportError as error:
         raise ProblemError(
             f"model '{model}' needs the library transformers ({first_line(error)}): pip install transformers"
         ) from None
-    return transformers

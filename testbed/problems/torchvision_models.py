@@ -1,11 +1,12 @@
 """torchvision's architectures with random weights; all return logits.
 
-Two things differ from what torchvision builds: no dropout, and nothing in place, which is an error under the module hooks
-of some libraries.
+Two things differ from what torchvision builds: no dropout, and nothing in place, which is an error under the module
+hooks of some libraries.
 """
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -95,8 +96,9 @@ def vit(
             f"model 'vit' takes square images of 3 channels whose sides are a multiple of patch={patch}, "
             f"the data has {channels}×{height}×{side}"
         )
-    model = VisionTransformer(side, patch, depth, heads, width, 4 * width, num_classes=example.outputs)
-    nn.init.trunc_normal_(model.heads.head.weight, std=0.02)  # torchvision's is zero, and so would be all gradients
+    model: nn.Module = VisionTransformer(side, patch, depth, heads, width, 4 * width, num_classes=example.outputs)
+    head = model.get_parameter("heads.head.weight")
+    nn.init.trunc_normal_(head, std=0.02)  # torchvision's is zero, and with it all gradients but the head's
     return model
 
 
@@ -111,13 +113,13 @@ def _classifier(name: str, build: Callable[..., nn.Module], example: Samples, hi
         model = build(num_classes=example.outputs, dropout=0.0)
         layers = model.get_submodule("classifier")
         assert isinstance(layers, nn.Sequential)
-        linear = [i for i, layer in enumerate(layers) if isinstance(layer, nn.Linear)]
-        widths = [layers[linear[0]].in_features, hidden, hidden, example.outputs]
-        for i, before, after in zip(linear, widths, widths[1:], strict=False):
+        linear = {i: layer for i, layer in enumerate(layers) if isinstance(layer, nn.Linear)}
+        widths = [next(iter(linear.values())).in_features, hidden, hidden, example.outputs]
+        for i, (before, after) in zip(linear, pairwise(widths), strict=True):
             layers[i] = nn.Linear(before, after)
     model = model.to_empty(device="cpu")
     for layer in model.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
+        if isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is not None:
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             nn.init.zeros_(layer.bias)
     return _not_in_place(model)

@@ -1,6 +1,6 @@
 """Networks for small images that publications measure and no library holds; all return logits.
 
-Dropout is left out: with it a problem has other gradients at every call, and what it costs is the same for every backend.
+Dropout is left out: with it a problem has other gradients at every call, and it costs every backend the same.
 """
 
 import torch.nn.functional as F
@@ -83,7 +83,7 @@ def all_cnn_c(example: Samples, *, width: Positive = 96) -> nn.Module:
 def _xavier(model: nn.Module, bias: float) -> nn.Module:
     """Draw the weights as DeepOBS does: those of PyTorch leave networks without normalisation with tiny gradients."""
     for layer in model.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
+        if isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is not None:
             nn.init.xavier_normal_(layer.weight)
             nn.init.constant_(layer.bias, bias)
     return model
@@ -103,7 +103,8 @@ class PreActivation(nn.Module):
         """Return [N, after, H / stride, W / stride] of [N, before, H, W]."""
         active = F.relu(self.norm1(x))
         added: Tensor = x if self.shortcut is None else self.shortcut(active)
-        return added + self.conv2(F.relu(self.norm2(self.conv1(active))))
+        found: Tensor = added + self.conv2(F.relu(self.norm2(self.conv1(active))))
+        return found
 
 
 @register_model("wide_resnet")

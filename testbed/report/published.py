@@ -8,7 +8,10 @@ from testbed.experiment import Published
 from testbed.records import Record
 from testbed.report import units
 
-HEADING = "Published / here"
+
+def heading(size: str | None) -> str:
+    """Return the heading; it says which size of the experiment ours are of."""
+    return f"Published / here, at size '{size}'" if size else "Published / here"
 
 
 def comparisons(published: Sequence[Published], records: Sequence[Record]) -> Iterator[str]:
@@ -42,7 +45,7 @@ def _ours(found: Published, r: Record) -> str:
     against = r.timing.get("ordinary") if found.relative_to == "step" else r.timing
     if not against or not against.get("ratio"):
         return ""
-    measured = f"{units.ratio(against['ratio'])}{units.interval(against['ratio_ci'])}"
+    measured = f"{units.ratio(against['ratio'])}{units.interval(against.get('ratio_ci'))}"
     by = "" if found.backend else f"{r.label}, "
     return f"{measured} ({by}N={r.problem['batch_size']}, {device_name(r.environment)})"
 
