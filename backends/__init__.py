@@ -56,10 +56,16 @@ def get_backend(name: str, **options: Any) -> Backend:  # noqa: ANN401  options 
     return executed(cls(**BACKENDS.check(name, options)))
 
 
-def variants() -> list[tuple[str, dict[str, Any]]]:
-    """Return every backend with its defaults, and with each other value of its options that are choices."""
+def variants(quantity: str | None = None) -> list[tuple[str, dict[str, Any]]]:
+    """Return every backend with its defaults, and with each other value of its options that are choices.
+
+    Args:
+        quantity: Only backends that compute it; all if None.
+    """
     found: list[tuple[str, dict[str, Any]]] = []
     for name in available():
+        if quantity not in (None, *BACKENDS[name].quantities):
+            continue
         found.append((name, {}))
         for option, parameter in options_of(BACKENDS[name]).items():
             values = get_args(parameter.annotation) if get_origin(parameter.annotation) is Literal else ()

@@ -67,7 +67,8 @@ class Backend(ABC):
     Options:
         chunk_size: Samples at a time. None: all that `chunk_bytes` allows, or all at once in a native way.
         chunk_bytes: The most bytes of per-sample gradients that a derived quantity holds at a time. None: 32 MiB on a
-            CPU, where larger blocks are fresh memory at every call; an eighth of a GPU's memory.
+            CPU, where larger blocks are fresh memory at every call (1 GiB for `gram`, which would have to compute
+            gradients again); an eighth of a GPU's memory.
         compile: Run through `torch.compile`.
         cuda_graph: Record the call once for each form of input, and replay it (CUDA only).
         autocast: Compute under `torch.autocast` in this dtype.
@@ -78,6 +79,7 @@ class Backend(ABC):
     reference: ClassVar[bool] = False  # the backend that others are compared with; one is
     float64: ClassVar[bool] = True  # False: no float64 path, "the same function?" cannot be asked
     quantities: ClassVar[tuple[str, ...]] = QUANTITIES  # what it computes at all; it refuses the others
+    narrow: ClassVar[bool] = False  # True: it refuses everyday models too, since it knows few layers
     own_modes: ClassVar[frozenset[str]] = frozenset()  # of MODES, those that the class sees to by itself
 
     chunk_size: Count | None = None
@@ -104,17 +106,18 @@ class Backend(ABC):
 
     def gram(self, model: nn.Module, loss_fn: LossFn) -> TensorFn:
         """Build the function for ⟨g_i, g_j⟩ (gradient similarity, empirical NTK): [N, N]."""
-        return derived.gram(self.grads(model, loss_fn), self.at_a_time(model), self._held(model))
+        return derived.gram(self.grads(model, loss_fn), self.at_a_time(model), self._within_bytes(model, held=True))
 
     def at_a_time(self, model: nn.Module) -> int:
         """Return how many samples a derived quantity takes at a time."""
-        return min(self.chunk_size or self._held(model), self._held(model))
+        most = self._within_bytes(model)
+        return min(self.chunk_size or most, most)
 
-    def _held(self, model: nn.Module) -> int:
-        """Return how many samples' gradients `chunk_bytes` allows; one at least."""
+    def _within_bytes(self, model: nn.Module, *, held: bool = False) -> int:
+        """Return how many samples' gradients `chunk_bytes` allows, computed at a time or held; one at least."""
         parameters = list(trainable(model).values())
         a_sample = sum(p.numel() * p.element_size() for p in parameters) or 1
-        return max(1, (self.chunk_bytes or derived.default_bytes(parameters)) // a_sample)
+        return max(1, (self.chunk_bytes or derived.default_bytes(parameters, held=held)) // a_sample)
 
     @classmethod
     def load(cls) -> None:

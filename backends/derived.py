@@ -23,9 +23,8 @@ GradsFn: TypeAlias = Callable[[Batch, Tensor], Named]
 TensorFn: TypeAlias = Callable[[Batch, Tensor], Tensor]
 """(inputs, targets) -> one tensor."""
 
-CPU_BYTES = (
-    2**25
-)  # glibc takes larger blocks fresh from the system: the tutorial's norms by vmap then take 1.3× as long
+HELD_BYTES = 2**30  # by a Gram matrix: less would be computed again for every block
+CPU_BYTES = 2**25  # glibc takes larger blocks fresh from the system: vmap's norms then take 1.3× as long
 GPU_SHARE = 8  # of a GPU's memory, so that activations have room beside a chunk
 
 
@@ -72,15 +71,17 @@ def variance(grads: GradsFn, most: int) -> GradsFn:
         for chunk in chunks(inputs, targets, most):
             n = size(chunk[0])
             for name, g in grads(*chunk).items():
-                variances, means = torch.var_mean(g.to(_wide(g)), 0, correction=0)
+                g, dtypes[name] = g.to(_wide(g)), g.dtype
+                means = g.mean(0) if n > 1 else g[0]
                 if not done:
-                    mean[name], squares[name], dtypes[name] = means, variances.mul_(n), g.dtype
-                    continue
+                    mean[name], squares[name] = means.clone(), torch.zeros_like(means)
+                if n > 1:  # torch.var would do, but takes ten times as long along the first axis on a CPU
+                    squares[name] += g.sub(means).square_().sum(0)
                 gap = means - mean[name]
-                mean[name] += gap * (n / (done + n))
-                squares[name] += variances.mul_(n) + gap.square_() * (done * n / (done + n))
+                mean[name].add_(gap, alpha=n / (done + n))
+                squares[name].addcmul_(gap, gap, value=done * n / (done + n))
             done += n
-        return {name: (t / done).to(dtypes[name]) for name, t in squares.items()}
+        return {name: squares[name].div_(done).to(dtype) for name, dtype in dtypes.items()}
 
     return fn
 
@@ -116,11 +117,11 @@ def gram(grads: GradsFn, most: int, held: int) -> TensorFn:
     return fn
 
 
-def default_bytes(parameters: Sequence[Tensor]) -> int:
-    """Return how many bytes of per-sample gradients are held at a time if nothing is said."""
+def default_bytes(parameters: Sequence[Tensor], *, held: bool = False) -> int:
+    """Return how many bytes of per-sample gradients are computed at a time, or held by a Gram matrix, by default."""
     device = next((p.device for p in parameters), torch.device("cpu"))
     if device.type != "cuda":
-        return CPU_BYTES
+        return HELD_BYTES if held else CPU_BYTES
     return int(torch.cuda.get_device_properties(device).total_memory) // GPU_SHARE
 
 

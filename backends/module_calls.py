@@ -31,6 +31,7 @@ def watcher(
     *,
     functions: RowsOf | None = None,
     repeats: Callable[[nn.Module], bool] = lambda module: False,
+    shares: bool = True,
 ) -> Callable[[Batch], AbstractContextManager[bool]]:
     """Build the check that refuses a model which a library would get wrong.
 
@@ -41,6 +42,7 @@ def watcher(
         functions: Where the library takes the samples to be in functions called outside of hooked modules; None if it
             does not see those.
         repeats: Whether it adds up the uses of a parameter by several calls of such a module.
+        shares: Whether it knows a parameter of several modules for one.
 
     Returns:
         A function of the inputs that raises `Unsupported` with the module path, or the parameter's name, and the
@@ -77,6 +79,8 @@ def watcher(
             for reason in (reason for use in found for rule in rules if (reason := rule(library, use))):
                 raise Unsupported(reason)
             _refuse_repeated(library, found, repeats)
+            if not shares:
+                _refuse_shared(library, found)
 
     return watching
 
@@ -132,6 +136,8 @@ def _altered(library: str, use: Use) -> str | None:
 
 def _unseen(library: str, use: Use) -> str | None:
     """Cases "module: an optional second tensor", "module: an optional tensor by keyword"."""
+    if use.hooked is not None and use.hooked.several:
+        return None
     if use.keywords:
         return f"{use.by} is called with a tensor as keyword; {library} sees positional inputs only"
     if use.hooked is not None and use.hooked.reruns and (use.tensors_in, use.tensors_out) != (1, 1):
@@ -173,6 +179,20 @@ def _refuse_repeated(library: str, found: Iterable[Use], repeats: Callable[[nn.M
             raise Unsupported(
                 f"parameter `{name}` is used by {len(by)} module calls ({', '.join(use.by for use in by)}); "
                 f"{library} would keep only one of the uses"
+            )
+
+
+def _refuse_shared(library: str, found: Iterable[Use]) -> None:
+    """Case "tied: one weight in two modules"."""
+    users: dict[str, dict[int, str]] = defaultdict(dict)
+    for use in found:
+        for name in use.parameters if use.hooked else ():
+            users[name][id(use.hooked)] = use.by
+    for name, by in users.items():
+        if len(by) > 1:
+            raise Unsupported(
+                f"parameter `{name}` is used by {len(by)} modules ({', '.join(by.values())}); "
+                f"{library} would take it for {len(by)} parameters"
             )
 
 
@@ -256,3 +276,17 @@ def _sums_to(grads: Tensor, total: Tensor) -> bool:
     scale = torch.linalg.vector_norm(rows_of(grads), dim=1, dtype=wide).sum()
     gap = torch.linalg.vector_norm(grads.sum(0) - total, dtype=wide)
     return not bool(gap > 0.01 * scale)  # nonfinite gradients are not this check's business
+
+
+def verify_gram(library: str, gram: Tensor, total: Named) -> None:
+    """Hold a Gram matrix against the batch gradient: Σ_ij ⟨g_i, g_j⟩ is its squared norm.
+
+    Raises:
+        Unsupported: It is not, by more than 1 % of (Σ_i ‖g_i‖)² (rounding is far below, lost uses above).
+    """
+    wide = gram.to(torch.promote_types(gram.dtype, torch.float32))
+    scale = wide.diagonal().clamp(min=0).sqrt().sum().square()
+    norms = [torch.linalg.vector_norm(t, dtype=wide.dtype) for t in total.values()]
+    gap = (wide.sum() - torch.stack(norms).square().sum()).abs()
+    if guarded() and bool(gap > 0.01 * scale):  # nonfinite gradients are not this check's business
+        raise Unsupported(f"`model`: {library}'s Gram matrix does not sum to the batch gradient's squared norm")

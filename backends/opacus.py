@@ -5,25 +5,17 @@ ExpandedWeights). They are right where the library sees every use of a parameter
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from backends.base import Backend, GradsFn, LossFn, Named, own_copy, register, trainable
 from backends.batch import Batch, call, size
+from backends.expanded import expanded, normalises_anew, trains_padding
 from backends.module_calls import collect, quiet_hooks, watcher
-from backends.opacus_hooks import (
-    HOOK_RULES,
-    Rule,
-    hooked_by_opacus,
-    normalises_anew,
-    refuse_options,
-    trains_padding,
-    wrapped_by_opacus,
-)
+from backends.opacus_hooks import HOOK_RULES, Rule, hooked_by_opacus, refuse_options, wrapped_by_opacus
 from backends.probe import Hooked
-from backends.rows import Rows, batch_first, tensors_in
 from backends.running import batch_gradient, library_call
 
 RULES: dict[str, tuple[Rule, ...]] = {"hooks": HOOK_RULES, "functorch": (), "ew": (trains_padding, normalises_anew)}
@@ -50,7 +42,7 @@ class Opacus(Backend):
         watching = watcher("Opacus", model, hooked, functions=expanded if ew else None, repeats=lambda module: True)
         plain, model = own_copy(model), own_copy(model)
         parameters = trainable(model)
-        refuse_options(model, RULES[self.mode], buffers=not ew)
+        refuse_options(model, RULES[self.mode], buffers=not ew, strides=self.mode == "hooks")
         wrapped = wrapped_by_opacus(model, hooked(model), grad_sample_mode=self.mode)
 
         def fn(inputs: Batch, targets: Tensor) -> Named:
@@ -62,26 +54,3 @@ class Opacus(Backend):
                 return collect("Opacus", parameters, "grad_sample", size(inputs), verify=new, totals=totals)
 
         return fn
-
-
-RECURRENT = (torch.rnn_tanh, torch.rnn_relu, torch.lstm, torch.gru)
-
-
-def expanded(function: Any, args: Any, result: Any) -> tuple[list[Rows], list[Rows]]:  # noqa: ANN401
-    """Return where ExpandedWeights takes the samples to be in what a function is given and what it returns.
-
-    On the first axis of the first tensor; in recurrent layers where `batch_first` says; in packed sequences in the
-    order that they were sorted in, which need not be the batch's.
-    """
-    from torch.nn.utils._expanded_weights import ExpandedWeight  # private, so that only this mode depends on it
-
-    if function not in ExpandedWeight.handled_functions and function not in RECURRENT:
-        return [], []  # then it raises
-    if function not in RECURRENT:
-        rows = batch_first(function, args, result)
-        return rows[0][:1], rows[1]
-    packed = not isinstance(args[2], list)  # then the second argument holds the batch's size at each step
-    steps = torch.cat([torch.arange(n) for n in args[1]]) if packed else None
-    axis = 0 if packed or args[-1] else 1
-    first, *states = tensors_in(result)
-    return [Rows(args[0], axis, steps)], [Rows(first, axis, steps), *(Rows(state, 1) for state in states)]

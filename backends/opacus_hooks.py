@@ -5,15 +5,15 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from backends.base import Unsupported, describe, first_line, guarded
+from backends.expanded import trains_padding
 from backends.module_calls import pads_unlike_zeros
 from backends.probe import Hooked
 from backends.running import culprit
 
-Rule = Callable[[str, nn.Module], str | None]
-"""(path, layer) -> why Opacus would be silently wrong on it, or None; the case that proves it stands beside it."""
+Rule = Callable[[nn.Module], str | None]
+"""A layer -> why Opacus would be silently wrong on it, or None; the case that proves it stands beside it."""
 
 
 def wrapped_by_opacus(model: nn.Module, hooked: Sequence[Hooked], **options: Any) -> Any:  # noqa: ANN401  no types there
@@ -36,6 +36,7 @@ def wrapped_by_opacus(model: nn.Module, hooked: Sequence[Hooked], **options: Any
     except NotImplementedError as error:
         raise Unsupported(f"{culprit(error, model)}: {first_line(error)}") from error
     _capture_in_eval(hooked)
+    model.register_forward_pre_hook(lambda *_: _forget(hooked), prepend=True)
     return wrapped
 
 
@@ -55,13 +56,14 @@ def hooked_by_opacus(model: nn.Module, *, functorch: bool) -> list[Hooked]:
     return list(walk(model))
 
 
-def refuse_options(model: nn.Module, rules: Sequence[Rule], *, buffers: bool = True) -> None:
+def refuse_options(model: nn.Module, rules: Sequence[Rule], *, buffers: bool = True, strides: bool = True) -> None:
     """Refuse the layer options that Opacus does not look at, or does not support.
 
     Args:
-        model: The model; a rule may hook it.
+        model: The model; it may get hooks.
         rules: What Opacus would get wrong.
         buffers: Refuse layers with parameters and buffers, as Opacus itself does.
+        strides: Refuse inputs of Conv2d, once they come, whose strides Opacus' own rule would misread.
     """
     for path, module in model.named_modules():
         if not any(p.requires_grad for p in module.parameters(recurse=False)):
@@ -69,8 +71,10 @@ def refuse_options(model: nn.Module, rules: Sequence[Rule], *, buffers: bool = T
         if buffers and any(True for _ in module.buffers()):
             raise Unsupported(f"{describe(path, module)} has parameters and buffers, which Opacus does not support")
         for wrong in rules if guarded() else ():
-            if reason := wrong(path, module):
+            if reason := wrong(module):
                 raise Unsupported(f"{describe(path, module, options=True)}: {reason}")
+        if guarded() and strides and type(module) is nn.Conv2d and module.weight.requires_grad:
+            module.register_forward_pre_hook(partial(_refuse_strides, describe(path, module)))
 
 
 def _capture_in_eval(hooked: Sequence[Hooked]) -> None:
@@ -84,35 +88,27 @@ def _capture_in_eval(hooked: Sequence[Hooked]) -> None:
             h.module.register_forward_hook(lambda module, *_: setattr(module, "training", False))
 
 
-def pads_with_zeros(path: str, layer: nn.Module) -> str | None:
+def _forget(hooked: Sequence[Hooked]) -> None:
+    """Drop what a call left that failed after its forward pass: Opacus would wait for the backward pass of it."""
+    for h in hooked:
+        vars(h.module).pop("activations", None)
+        for p in h.module.parameters():
+            vars(p).pop("_current_grad_sample", None)
+            p._forward_counter = 0  # type: ignore[attr-defined]
+
+
+def _pads_with_zeros(layer: nn.Module) -> str | None:
     """Case "Conv2d(padding_mode='reflect')"."""
     return "Opacus' rule would pad with zeros; mode 'functorch' pads right" if pads_unlike_zeros(layer) else None
 
 
-def trains_padding(path: str, layer: nn.Module) -> str | None:
-    """Case "Embedding(padding_idx=0)"."""
-    padded = isinstance(layer, nn.Embedding) and layer.padding_idx is not None
-    return "the padding would get a gradient; in mode 'functorch' it gets none" if padded else None
-
-
-def adds_equal_tokens_once(path: str, layer: nn.Module) -> str | None:
+def _adds_equal_tokens_once(layer: nn.Module) -> str | None:
     """Case "EmbeddingBag offsets"."""
     return "a token that is in a bag twice would count once" if isinstance(layer, nn.EmbeddingBag) else None
 
 
-def normalises_anew(path: str, layer: nn.Module) -> str | None:
-    """Case "InstanceNorm2d running statistics, in eval mode"."""
-    running = isinstance(layer, _InstanceNorm) and layer.track_running_stats and not layer.training
-    return "the backward pass would take the input's statistics, not the running ones" if running else None
-
-
-def misreads_strides(path: str, layer: nn.Module) -> None:
-    """Case "input: channels_last": Opacus' `unfold2d` takes it that the last two axes lie in order."""
-    if type(layer) is nn.Conv2d and layer.weight.requires_grad:
-        layer.register_forward_pre_hook(partial(_refuse_strides, describe(path, layer)))
-
-
 def _refuse_strides(where: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Case "input: channels_last": Opacus' `unfold2d` takes it that the last two axes lie in order."""
     if not inputs[0][:1, :1].is_contiguous():
         raise Unsupported(
             f"{where}: Opacus' rule would misread an input of strides {list(inputs[0].stride())} (channels_last?); "
@@ -128,5 +124,5 @@ def _refuse_hooked_twice(model: nn.Module, hooked: Sequence[Hooked]) -> None:
             raise Unsupported(f"{describe(path, module)} has several parents; Opacus would hook it once for each")
 
 
-HOOK_RULES: tuple[Rule, ...] = (pads_with_zeros, trains_padding, adds_equal_tokens_once, misreads_strides)
+HOOK_RULES: tuple[Rule, ...] = (_pads_with_zeros, trains_padding, _adds_equal_tokens_once)
 """What goes wrong where Opacus' hand-written rules are used."""

@@ -31,11 +31,13 @@ class Hooked:
         module: The module.
         deep: Its rule covers the parameters of its children too.
         reruns: Its rule runs the module anew, on the one tensor that went in.
+        several: Its rule sees all tensors that go in and come out, by position or keyword, not one of each.
     """
 
     module: nn.Module
     deep: bool = False
     reruns: bool = False
+    several: bool = False
 
     def covered(self) -> set[int]:
         """Return the identities of the parameters that the rule covers."""
@@ -134,8 +136,11 @@ class _Watch(TorchFunctionMode):
             "weights": (covered, self.hooked[call.path].covered()),  # torch.func.functional_call swaps them
         }
         if torch.is_grad_enabled():  # libraries look away where it is not
+            rows = batch_first(module, args, output)
+            if self.hooked[call.path].several:
+                rows = ([Rows(t) for t in tensors_in((args, kwargs))], [Rows(t) for t in tensors_in(output)])
             self._record(
-                batch_first(module, args, output),
+                rows,
                 by=describe(call.path, module),
                 parameters=tuple(name for p, name in self.names.items() if p in covered),
                 hooked=self.hooked[call.path],

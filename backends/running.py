@@ -1,5 +1,6 @@
 """Running a model or a library without a trace: buffers and random state are kept, failures become refusals."""
 
+import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,5 +90,5 @@ def culprit(error: BaseException, model: nn.Module) -> str:
 
 def first_sentence(error: BaseException, longest: int = 200) -> str:
     """Return what a library says first of an error; some go on with advice for its developers."""
-    text = first_line(error).split(". ")[0]
+    text = re.split(r"\. (?=[A-Z])", first_line(error))[0]  # not after "e.g."
     return text if len(text) <= longest else f"{text[: longest - 1]}…"

@@ -259,8 +259,12 @@ def _answer(
 
 
 def norms(rows: Rows) -> Tensor:
-    """Return ‖t(i,p)‖ [R, P] in float64; it is finite just where all numbers of the row are."""
-    return torch.stack([torch.linalg.vector_norm(t, dim=1, dtype=torch.float64) for t in rows.values()], 1)
+    """Return ‖t(i,p)‖ [R, P] in float64, a few rows at a time; it is finite just where all numbers of the row are."""
+    columns = []
+    for t in rows.values():
+        parts = t.split(max(1, CHUNK // max(1, t.shape[1])))  # torch makes a float64 copy of what it is given
+        columns.append(torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in parts]))
+    return torch.stack(columns, 1)
 
 
 def distance(result: Rows, truth: Rows) -> Tensor:

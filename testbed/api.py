@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -128,31 +128,53 @@ def run_experiment(
         ProblemError: A problem cannot be made; where there are several, after the others have been run.
         KeyboardInterrupt: Again, after what was measured so far has been emitted, and `interrupted` for the rest.
     """
-    by_problem: dict[int, list[Combination]] = {}
-    for combination in experiment.chosen():
-        by_problem.setdefault(experiment.problems.index(combination.problem), []).append(combination)
+    found = jobs(experiment, name, device)
     failed: list[ProblemError] = []
     stopped = False
-    for count, (index, chosen) in enumerate(by_problem.items(), 1):
-        problem = experiment.problems[index]
-        if progress and len(by_problem) > 1:
-            progress.begin(f"problem {count} of {len(by_problem)}: {problem}", 0)
-        set_precision(problem)
-        about, how = about_problem(problem, device), settings(experiment, problem, name)
-        what = [Cell(c.backend.name, c.quantity.name, c.backend.options, c.quantity.options) for c in chosen]
+    for count, job in enumerate(found, 1):
+        shown = None if stopped else progress
+        if shown and len(found) > 1:
+            shown.begin(f"problem {count} of {len(found)}: {job.problem}", 0)
+        set_precision(job.problem)
+        make = partial(_stop if stopped else problem_of, job.problem, device)
         try:
-            run(partial(_stop if stopped else problem_of, problem, device), about, what, how, emit, progress)
+            run(make, job.about, job.cells, job.settings, emit, shown)
         except KeyboardInterrupt:
             stopped = True
         except ProblemError as error:
-            if len(by_problem) == 1:
+            if len(found) == 1:
                 raise
             failed.append(error)
-            run(partial(_refuse, str(error)), about, what, how, emit)
+            run(partial(_refuse, str(error)), job.about, job.cells, job.settings, emit)
     if stopped:
         raise KeyboardInterrupt
     if failed:
         raise failed[0]
+
+
+class Job(NamedTuple):
+    """What an experiment runs on one problem: the arguments of `run`."""
+
+    problem: Workload
+    about: dict[str, Any]
+    cells: list[Cell]
+    settings: Settings
+
+
+def jobs(experiment: Experiment, name: str, device: torch.device) -> list[Job]:
+    """Return what an experiment runs, problem by problem; a problem whose cells are all excluded is left out."""
+    by_problem: dict[str, list[Combination]] = {}
+    for combination in experiment.chosen():
+        by_problem.setdefault(repr(combination.problem), []).append(combination)
+    return [
+        Job(
+            group[0].problem,
+            about_problem(group[0].problem, device),
+            [Cell(c.backend.name, c.quantity.name, c.backend.options, c.quantity.options) for c in group],
+            settings(experiment, group[0].problem, name),
+        )
+        for group in by_problem.values()
+    ]
 
 
 def _stop(*_: object) -> Problem:

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-LIBRARIES = ("torch", "torchvision", "numpy", "opacus", "backpack-for-pytorch", "pydantic", "scikit-learn", "triton")
+from backends import available, backend_class
+
+LIBRARIES = ("torch", "torchvision", "numpy", "pydantic", "scikit-learn", "triton")  # and those of the backends
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -45,6 +47,10 @@ def device_name(environment: dict[str, Any]) -> str:
     return f"{environment['processor']}, {environment['threads']} threads"
 
 
+def _backends_libraries() -> list[str]:
+    return sorted({package for name in available() for package in backend_class(name).requires.values()})
+
+
 @cache
 def _fixed() -> dict[str, Any]:
     """Return what does not change while the process lives."""
@@ -53,7 +59,7 @@ def _fixed() -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "versions": {name: found for name in LIBRARIES if (found := _version(name))},
+        "versions": {name: found for name in (*LIBRARIES, *_backends_libraries()) if (found := _version(name))},
         "commit": _run("git", "rev-parse", "HEAD"),
         "dirty": bool(_run("git", "status", "--porcelain")),
     }

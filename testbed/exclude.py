@@ -75,7 +75,7 @@ def _said(value: object) -> str:
     """Return a value as tables say it: a name with its options in brackets."""
     if isinstance(value, dict) and len(value) == 1:
         name, options = next(iter(value.items()))
-        return with_options(name, options) if isinstance(options, dict) else str(name)
+        return with_options(name, options) if isinstance(options, dict) else str(name if options is None else value)
     if isinstance(value, bool):
         return str(value).lower()
     return "nothing" if value is None else str(value)

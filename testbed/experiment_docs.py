@@ -41,7 +41,9 @@ def tables() -> str:
     for key, things in kinds.items():
         rows = [(f"`{name}`", _summary(thing)) for name, thing in things.items()]
         sections[f"Names for `{key}`"] = _table(("name", "what it is"), rows)
+    everybody = {"every backend": Backend}
     options = [row for key, things in kinds.items() for row in _options(key, things)]
+    options += _options("backends", everybody, inherited=True)
     sections["Options"] = _table(("of", "name", "option", "type", "default", "meaning"), options)
     statuses = [(f"`{status}`", meaning) for status, meaning in STATUSES.items()]
     sections["Statuses"] = _table(("status", "meaning"), statuses)
@@ -78,13 +80,18 @@ def _keys(model: type[BaseModel], above: str = "") -> Iterator[tuple[str, ...]]:
         yield f"`{above}{name}`", kind, _default(field.default), field.description or ""
 
 
-def _options(key: str, things: Mapping[str, Thing]) -> Iterator[tuple[str, ...]]:
+def _options(key: str, things: Mapping[str, Thing], *, inherited: bool = False) -> Iterator[tuple[str, ...]]:
+    """Yield a row for each option; those that every backend inherits are not said of each."""
+    common = {} if inherited else options_of(Backend)
     for name, thing in things.items():
         meanings = _documented(thing)
         for option, parameter in options_of(thing).items():
+            if key == "backends" and option in common:
+                continue
             kind = _type(TypeAdapter(parameter.annotation).json_schema())
             default = PydanticUndefined if parameter.default is parameter.empty else parameter.default
-            yield f"`{key}`", f"`{name}`", f"`{option}`", kind, _default(default), meanings.get(option, "")
+            shown = name if inherited else f"`{name}`"
+            yield f"`{key}`", shown, f"`{option}`", kind, _default(default), meanings.get(option, "")
 
 
 def _summary(thing: Thing) -> str:

@@ -102,6 +102,10 @@ def _problems(source: Source) -> list[Part]:
             found.append(Part(value, {(): where, **origin}, source, (swept or [where])[-1]))
         if len(found) > MAX_CELLS:
             raise ConfigError(f"{source.place(where)}: more than {MAX_CELLS} problems")
+    for key in top if listed else ():
+        if all(key in entry for entry in entries):
+            why = "every entry of 'problems' has its own; leave it out here or there"
+            raise ConfigError(f"{source.place((key,), key=True)}: '{key}' says nothing: {why}")
     return found
 
 

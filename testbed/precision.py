@@ -58,7 +58,7 @@ def measure(
     for dtype in dtypes:
         run = problem.to(getattr(torch, dtype))
         referee = Referee(run, "grads", {}, Calibrated())
-        for name, options in backends or variants():
+        for name, options in backends or variants("grads"):
             step(f"{dtype}, {with_options(name, options)}")
             found.append(_errors(run, referee, name, options, dtype))
     return found

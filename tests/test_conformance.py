@@ -113,8 +113,8 @@ def test_the_capability_table_is_not_stale(grads: list[Record]) -> None:
         assert then.get(name) == now[name], "python -m testbed conformance --write-table backends/README.md"
 
 
-# (the rule, the backend's options, the case that proves it, words of the refusal). A rule that several libraries need
-# stands in backends/module_calls.py, else in the backend's file; its docstring names the case.
+# (the rule, the backend with options and quantity, the case that proves it, words of the refusal). A rule that several
+# libraries need stands in backends/module_calls.py, else in the backend's file; its docstring names the case.
 Variant = tuple[str, dict[str, Any], str]
 HOOKS: Variant = ("opacus", {}, "grads")
 FUNCTORCH: Variant = ("opacus", {"mode": "functorch"}, "grads")
@@ -122,39 +122,76 @@ EW: Variant = ("opacus", {"mode": "ew"}, "grads")
 GHOST: Variant = ("opacus_ghost", {}, "norms")
 BACKPACK: Variant = ("backpack", {}, "grads")
 BACKPACK_NORMS: Variant = ("backpack", {}, "norms")
-MODULES, WATCHING = (HOOKS, FUNCTORCH, BACKPACK), (HOOKS, FUNCTORCH, EW, BACKPACK)
+EXPANDED: Variant = ("expanded_weights", {}, "grads")
+TORCHJD: Variant = ("torchjd", {}, "gram")
+NNGEOMETRY: Variant = ("nngeometry", {}, "grads")
+NNGEOMETRY_GRAM: Variant = ("nngeometry", {}, "gram")
+WATCHING = (HOOKS, FUNCTORCH, EW, BACKPACK, EXPANDED, TORCHJD)
 RULES = [
     *(
         ("_outside", b, "functional: F.linear after the module", "outside the call")
-        for b in (HOOKS, FUNCTORCH, BACKPACK)
+        for b in (HOOKS, FUNCTORCH, BACKPACK, TORCHJD, NNGEOMETRY)
     ),
-    *(("_outside", b, "functional: a penalty on the weight", "outside the call") for b in (HOOKS, FUNCTORCH, BACKPACK)),
-    ("_differentiated", EW, "mode: a double backward", "the forward pass takes a gradient"),
-    *(("_differentiated", b, "mode: a gradient in the forward", "takes a gradient") for b in (HOOKS, FUNCTORCH, EW)),
-    *(("_replaced", b, "functional: functional_call with other weights", "other weights") for b in (HOOKS, FUNCTORCH)),
-    *(("_altered", b, "module: a hook triples the output", "changes its output") for b in (HOOKS, BACKPACK)),
-    ("_altered", FUNCTORCH, "module: a hook triples the input", "changes its input"),
+    *(
+        ("_outside", b, "functional: a penalty on the weight", "outside the call")
+        for b in (HOOKS, FUNCTORCH, BACKPACK, TORCHJD, NNGEOMETRY)
+    ),
+    *(
+        ("_differentiated", b, "mode: a double backward", "the forward pass takes a gradient")
+        for b in (EW, EXPANDED, TORCHJD)
+    ),
+    *(
+        ("_differentiated", b, "mode: a gradient in the forward", "takes a gradient")
+        for b in (HOOKS, FUNCTORCH, EW, EXPANDED)
+    ),
+    *(
+        ("_replaced", b, "functional: functional_call with other weights", "other weights")
+        for b in (HOOKS, FUNCTORCH, TORCHJD, NNGEOMETRY)
+    ),
+    *(
+        ("_altered", b, "module: a hook triples the output", "changes its output")
+        for b in (HOOKS, BACKPACK, NNGEOMETRY)
+    ),
+    *(("_altered", b, "module: a hook triples the input", "changes its input") for b in (FUNCTORCH, TORCHJD)),
     *(("_unseen", b, "module: an optional second tensor", "takes 2 tensor(s)") for b in (HOOKS, FUNCTORCH)),
     *(("_unseen", b, "module: an optional tensor by keyword", "as keyword") for b in (HOOKS, FUNCTORCH)),
     *(("_miscounted", b, "Linear sequence-first, T = N", "batch axes of [4, 4]") for b in WATCHING),
     *(
         ("_miscounted", b, "Linear called with batches of N and of 1", "batch axes of [1, 1]")
-        for b in (HOOKS, FUNCTORCH)
+        for b in (HOOKS, FUNCTORCH, TORCHJD)
     ),
     *(("_strayed", b, "Linear samples reordered in the model", "takes row i to be sample i") for b in WATCHING),
-    *(("_strayed", b, "batch: samples sorted in the model", "takes row i to be sample i") for b in WATCHING),
-    *(("_strayed", b, "batch: samples shuffled at random in the model", "takes row i to be") for b in WATCHING),
-    ("_strayed", EW, "batch: packed sequences", "takes row i to be sample i"),
-    ("_refuse_repeated", BACKPACK, "tied: one weight in two modules", "is used by 2 module calls"),
+    *(
+        ("_strayed", b, f"batch: samples {moved} in the model", "takes row i to be sample i")
+        for b in (*WATCHING, NNGEOMETRY)
+        for moved in ("sorted", "shuffled at random")
+    ),
+    *(("_strayed", b, "batch: packed sequences", "takes row i to be sample i") for b in (EW, EXPANDED)),
+    *(
+        ("_refuse_repeated", b, "tied: one weight in two modules", "is used by 2 module calls")
+        for b in (BACKPACK, NNGEOMETRY)
+    ),
     ("_refuse_repeated", BACKPACK, "tied: one call detached", "is used by 2 module calls"),
-    ("pads_with_zeros", HOOKS, "Conv2d(padding_mode='reflect')", "would pad with zeros"),
-    ("_pads_with_zeros", BACKPACK, "Conv2d(padding_mode='reflect')", "would pad with zeros"),
-    *(("trains_padding", b, "Embedding(padding_idx=0)", "would get a gradient") for b in (HOOKS, EW, GHOST)),
-    ("adds_equal_tokens_once", HOOKS, "EmbeddingBag offsets", "in a bag twice"),
-    ("normalises_anew", EW, "InstanceNorm2d running statistics, in eval mode", "not the running ones"),
-    ("misreads_strides", HOOKS, "input: channels_last", "would misread an input of strides"),
-    ("misreads_strides", HOOKS, "input: channels last, permuted in the model", "would misread an input of strides"),
+    ("_refuse_shared", TORCHJD, "tied: one weight in two modules", "is used by 2 modules"),
+    *(
+        ("_pads_with_zeros", b, "Conv2d(padding_mode='reflect')", "would pad with zeros")
+        for b in (HOOKS, BACKPACK, NNGEOMETRY)
+    ),
+    *(
+        ("trains_padding", b, "Embedding(padding_idx=0)", "the padding would get a gradient")
+        for b in (HOOKS, EW, GHOST, EXPANDED)
+    ),
+    ("_adds_equal_tokens_once", HOOKS, "EmbeddingBag offsets", "in a bag twice"),
+    *(
+        ("normalises_anew", b, "InstanceNorm2d running statistics, in eval mode", "not the running ones")
+        for b in (EW, EXPANDED)
+    ),
+    ("_refuse_strides", HOOKS, "input: channels_last", "would misread an input of strides"),
+    ("_refuse_strides", HOOKS, "input: channels last, permuted in the model", "would misread an input of strides"),
     ("_refuse_hooked_twice", HOOKS, "tied: a module under two parents", "has several parents"),
+    ("_ignores_groups", NNGEOMETRY_GRAM, "Conv2d(groups=2)", "all channels for one group"),
+    ("_ignores_eps", NNGEOMETRY, "BatchNorm2d(eps=0.1)", "the default eps"),
+    ("_refuse_part_of_a_layer", NNGEOMETRY_GRAM, "GroupNorm(bias=False)", "frozen or left out"),
     ("_pads_its_own_way", BACKPACK, "Conv2d(padding='same')", "would not pad as the layer does"),
     ("_adds_up_groups", BACKPACK_NORMS, "Conv2d(groups=2)", "those of an ungrouped convolution"),
 ]

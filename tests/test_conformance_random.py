@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from backends import backend_class, get_backend, reference, variants
-from backends.base import Unavailable, Unsupported
+from backends.base import QUANTITIES, Unavailable, Unsupported
 from testbed.conformance.case import Layout, Setup, squared_error
 from testbed.conformance.uses import call
 from tests.asserts import CLOSE
@@ -53,19 +53,22 @@ def setup(name: str, options: dict[str, Any], layout: Layout, frozen: list[str])
 
 
 @pytest.mark.filterwarnings("ignore")  # padding='same' copies, libraries remark on layers
+@pytest.mark.parametrize("quantity", QUANTITIES)
 @pytest.mark.parametrize("variant", [v for v in variants() if v[0] != reference()], ids=str)
 @FEW
 @given(drawn=convolutions())
-def test_a_convolution_is_right_or_refused(variant: tuple[str, dict[str, Any]], drawn: Any) -> None:
+def test_a_convolution_is_right_or_refused(variant: tuple[str, dict[str, Any]], quantity: str, drawn: Any) -> None:
     name, options = variant
     try:
         backend_class(name).load()
     except Unavailable as absence:
         pytest.skip(str(absence))
+    if quantity not in backend_class(name).quantities or not backend_class(name).native(quantity):
+        pytest.skip("derived from grads, or not computed")
     s = setup(*drawn)
-    truth = get_backend(reference()).grads(s.model, s.loss_fn)(s.inputs, s.targets)
+    truth = getattr(get_backend(reference()), quantity)(s.model, s.loss_fn)(s.inputs, s.targets)
     try:
-        found = get_backend(name, **options).grads(s.model, s.loss_fn)(s.inputs, s.targets)
+        found = getattr(get_backend(name, **options), quantity)(s.model, s.loss_fn)(s.inputs, s.targets)
     except Unsupported:
         return
     torch.testing.assert_close(found, truth, **CLOSE)

@@ -294,3 +294,32 @@ def test_every_refusal_is_one_line_that_names_a_place(backend: Backend, case: Ca
     except Unsupported as error:
         refusal = str(error)
     assert not refusal or ("`" in refusal and "\n" not in refusal), f"no module or parameter is named: {refusal}"
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_a_failed_call_leaves_the_next_one_right(backend: Backend, quantity: str, where: str, run: Run) -> None:
+    case = next(c for c in CASES if c.name == "mlp")
+    broken: list[str] = []
+
+    def fail(*_: Any) -> None:
+        if broken:
+            raise ZeroDivisionError
+
+    class Fragile(torch.nn.Identity):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if broken == ["forward"]:
+                raise ZeroDivisionError
+            if broken:
+                x.register_hook(fail)
+            return x
+
+    fragile = replace(case, model=torch.nn.Sequential(*case.model[:-1], Fragile(), case.model[-1]))
+    run(backend, fragile, quantity)
+    fn = getattr(backend, quantity)(fragile.model, fragile.loss_fn)
+    expected = fn(case.inputs, case.targets)
+    broken.append(where)
+    with pytest.raises(ZeroDivisionError):
+        fn(case.inputs, case.targets)
+    broken.clear()
+    assert_close(fn(case.inputs, case.targets), expected)

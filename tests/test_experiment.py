@@ -149,7 +149,7 @@ MISTAKES = {
     ),
     "option of a backend that has none": (
         BASE + "backends: [{naive: {▸mode: ew}}]",
-        "backend 'naive' has no option 'mode'; it has none",
+        "backend 'naive' has no option 'mode'; options: chunk_size, chunk_bytes, compile, cuda_graph, autocast",
     ),
     "bad choice of a backend's option": (
         BASE + "backends: [naive, {opacus: {mode: ▸hook}}]",
@@ -258,14 +258,21 @@ MISTAKES = {
         BASE + "problems: [{batch_size: 1}, {batch_size: ▸x}]",
         "'batch_size': should be a whole number, found 'x'",
     ),
-    "unknown name in a problem": (BASE + "problems: [{model: [mlp, ▸mpl]}]", "unknown model 'mpl' (did you mean"),
+    "unknown name in a problem": (
+        BASE + "problems: [{seed: 1}, {model: [mlp, ▸mpl]}]",
+        "unknown model 'mpl' (did you mean",
+    ),
     "unknown option in a problem": (
-        BASE + "problems: [{model: {mlp: {▸hiden: [3]}}}]",
+        BASE + "problems: [{seed: 1}, {model: {mlp: {▸hiden: [3]}}}]",
         "model 'mlp' has no option 'hiden' (did you mean 'hidden'?)",
     ),
     "problem listed twice": (
         BASE + "problems: [{batch_size: 64}, ▸{seed: 0}]",
         "problem 'mlp, random, nll, N=64, float32' is listed twice",
+    ),
+    "key that every problem has": (
+        "▸" + BASE + "problems: [{model: mlp}, {model: logistic}]",
+        "'model' says nothing: every entry of 'problems' has its own; leave it out here or there",
     ),
     # exclude
     "exclude is no list": (TWO + "exclude: ▸{backend: vmap}", "'exclude': should be a list, [a, b], found {'backend'"),
@@ -282,6 +289,10 @@ MISTAKES = {
     "backend to exclude has no such option": (
         TWO + "exclude: [{backend: ▸{vmap: {chunk_size: 3}}}]",
         "unknown backend 'vmap(chunk_size=3)'; available: naive, vmap in this experiment",
+    ),
+    "options to exclude are none": (
+        TWO + "exclude: [{backend: ▸{vmap: 3}}]",
+        "unknown backend '{'vmap': 3}'; available: naive, vmap in this experiment",
     ),
     "one of those to exclude is unknown": (
         TWO + "exclude: [{backend: [vmap, ▸opacus]}]",

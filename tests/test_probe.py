@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from backends.base import Unsupported, unguarded
-from backends.module_calls import collect, watcher
+from backends.module_calls import collect, verify_gram, watcher
 from backends.probe import Hooked, some, uses
 from testbed.conformance.case import Net
 
@@ -173,3 +173,12 @@ def test_a_result_is_taken_off_the_parameters() -> None:
     assert torch.equal(found["unused"], torch.zeros(2, 3))
     assert used.grad is None
     assert not hasattr(used, "kept")
+
+
+def test_a_gram_matrix_that_misses_a_part_of_the_gradients_is_refused() -> None:
+    g = samples()
+    verify_gram("X", g @ g.T, {"p": g.sum(0)})
+    with pytest.raises(Unsupported, match="X's Gram matrix does not sum to"):
+        verify_gram("X", g[:, 1:] @ g[:, 1:].T, {"p": g.sum(0)})
+    with unguarded():
+        verify_gram("X", g[:, 1:] @ g[:, 1:].T, {"p": g.sum(0)})

@@ -170,4 +170,9 @@ def test_without_a_baseline_there_is_no_column_for_it() -> None:
 def test_html_has_every_table_and_the_summary() -> None:
     html = Report([record("naive", 5), record("naive", 5, batch_size=8)])._repr_html_()
     assert html.count("<table>") == 3
-    assert "<caption>who wins where" in html
+    assert "<caption>Who wins where · mlp, random" in html
+
+
+def test_record_of_an_earlier_version_is_shown() -> None:
+    bare = Record("", "e", {}, "vmap", {}, "grads", "ok", "", {}, "", {}, {"median_s": 1.0}, {}, ENVIRONMENT)
+    assert "vmap ok – 1 s ±0 %" in text(bare, Record(**{**vars(bare), "quantity": "norms"}))

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import testbed
-from backends import available
+from backends import available, backend_class
 from testbed.__main__ import main
-from testbed.records import read_records
+from testbed.records import Record, read_records
 from tests.cases import Functional, cross_entropy, mlp
 from tests.conftest import kept_registries
 
@@ -116,13 +116,19 @@ def _seeded() -> Iterator[None]:
         yield
 
 
+def computes(record: Record) -> bool:
+    """Return whether a record's backend computes its quantity at all."""
+    return record.quantity.partition("(")[0] in backend_class(record.backend).quantities
+
+
 @pytest.mark.usefixtures("_seeded")
 class TestCompare:
     """`testbed.compare` on a model of the user's own."""
 
     def test_runs_all_backends_and_quantities(self) -> None:
         report = compare(quantities=["grads", "norms", {"clipped_sum": {"max_norm": 0.5}}])
-        assert {r.status for r in report.records} == {"ok"}
+        assert {r.status for r in report.records if computes(r)} == {"ok"}
+        assert {r.status for r in report.records if not computes(r)} <= {"unsupported"}
         assert len(report.records) == 3 * len(available())
         assert {r.quantity for r in report.records} == {"grads", "norms", "clipped_sum(max_norm=0.5)"}
 
@@ -177,7 +183,7 @@ class TestCompare:
     def test_loss_with_class_weights_is_asked_in_float64_too(self) -> None:
         loss = nn.CrossEntropyLoss(weight=torch.tensor([0.5, 2.0]), reduction="none")
         report = testbed.compare(mlp(), loss, torch.randn(6, 5), torch.randint(2, (6,)), rounds=2)
-        assert {r.status for r in report.records} == {"ok"}
+        assert {r.status for r in report.records if computes(r)} == {"ok"}
 
     @pytest.mark.parametrize(
         ("arguments", "sentence"),
@@ -221,6 +227,6 @@ class TestCompare:
         assert snapshot.change() is None
 
     def test_allclose_is_the_tutorials_rule(self) -> None:
-        report = compare(agreement={"allclose": {"atol": 3e-3, "rtol": 1e-5}})
+        report = compare(backends=["naive", "vmap"], agreement={"allclose": {"atol": 3e-3, "rtol": 1e-5}})
         assert {r.agreement["precision"]["question"] for r in report.records} == {"allclose"}
         assert all("same_function" not in r.agreement for r in report.records)

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from backends import backend_class, get_backend, variants
-from backends.base import QUANTITIES, Backend, Unsupported, first_line, unguarded
+from backends import backend_class, get_backend, reference, variants
+from backends.base import BACKENDS, QUANTITIES, Backend, Unsupported, first_line, unguarded
 from backends.registry import UnknownName, unknown
 from testbed.agreement import Calibrated
 from testbed.cell import Cell, identity, source_hash
@@ -35,9 +35,6 @@ from testbed.worker import Outcome
 
 CPU = torch.device("cpu")
 RULE = Calibrated(draws=0)  # the cases are far from kinks in float64: nothing needs an excuse
-QUANTITY_OPTIONS: dict[str, dict[str, Any]] = {
-    "clipped_sum": {"max_norm": 0.1}  # far below the norms: every sample is clipped, a wrong norm shows in the sum
-}
 
 
 def all_cases() -> list[Case]:
@@ -80,8 +77,11 @@ def choose_cells(backends: Sequence[str] = (), quantities: Sequence[str] = ("gra
     for name in quantities or [""]:
         if name not in QUANTITIES:
             raise UnknownName(unknown("quantity", name, QUANTITIES))
-    cells = [Cell(b, q, options, QUANTITY_OPTIONS.get(q, {})) for q in quantities for b, options in variants()]
+    cells = [Cell(b, q, options) for q in quantities for b, options in variants(q)]
     for name in backends:
+        if name in BACKENDS and not any(cell.backend == name for cell in cells):
+            computes = ", ".join(BACKENDS[name].quantities)
+            raise UnknownName(f"backend '{name}' computes {computes}, not {', '.join(quantities)}")
         if not any(name in (cell.backend, cell.label) for cell in cells):
             raise UnknownName(unknown("backend", name, {cell.backend for cell in cells} | {c.label for c in cells}))
     return [cell for cell in cells if not backends or {cell.backend, cell.label} & set(backends)]
@@ -131,9 +131,11 @@ class _Bench:
         self.problem = Problem(setup.model, setup.loss_fn, *batch, *batch)
         self.snapshot = Snapshot(setup.model)
         self.refusal: Outcome | None = None
+        self.options: dict[str, Any] = {}
         try:
             refuse_without_gradients(self.problem)
-            self.referee = Referee(self.problem, cell.quantity, cell.quantity_options, RULE, few=self.problem.n)
+            self.options = _quantity_options(cell.quantity, self.problem)
+            self.referee = Referee(self.problem, cell.quantity, self.options, RULE, few=self.problem.n)
             self.referee.truth()
         except Unsupported as error:
             self.refusal = Outcome(status="unsupported", reason=f"the problem: {first_line(error)}")
@@ -159,17 +161,17 @@ class _Bench:
             "batch_size": self.problem.n,
             "dtype": "float64",
             "device": "cpu",
+            **self.options,
         }
         env = _environment(cell.backend)
         settings = {"guarded": self.guarded, "rule": asdict(RULE)}
-        inside = ", ".join(f"{key}={value}" for key, value in cell.quantity_options.items())
         record = Record(
             cell=identity(cell, about, settings, env),
             experiment="conformance" if self.guarded else "conformance, unguarded",
             problem=about,
             backend=cell.backend,
             options=dict(cell.options),
-            quantity=f"{cell.quantity}({inside})" if inside else cell.quantity,
+            quantity=cell.quantity,
             status=outcome.status,
             reason=outcome.reason,
             agreement={"rule": "calibrated", **outcome.agreement},
@@ -190,7 +192,7 @@ class _Bench:
                 raise Unsupported("`model`: this backend has no float64 path, in which the matrix is")
             with _settled(), nullcontext() if guarded else unguarded():
                 method: Callable[..., Any] = getattr(backend, cell.quantity)
-                result = method(p.model, p.loss_fn, **cell.quantity_options)(p.inputs, p.targets)
+                result = method(p.model, p.loss_fn, **self.options)(p.inputs, p.targets)
             outcome.take("same_function", self.referee.same_function(result))
         except Exception as error:
             outcome.fail(error)
@@ -199,6 +201,18 @@ class _Bench:
             outcome.status = "disagrees"
             outcome.diagnosis = outcome.reason = f"the backend changed the caller's model: {change}"
         return outcome
+
+
+def _quantity_options(quantity: str, problem: Problem) -> dict[str, Any]:
+    """Return the options under which a quantity shows the most of a case.
+
+    The clipping norm is just above the smallest norm: one sample is not clipped, which shows a wrong scale; the others
+    are, which shows a wrong norm.
+    """
+    if quantity != "clipped_sum":
+        return {}
+    norms = get_backend(reference()).norms(problem.model, problem.loss_fn)(problem.inputs, problem.targets)
+    return {"max_norm": 1.01 * float(norms[norms > 0].min())} if norms.any() else {}
 
 
 @contextmanager

@@ -13,7 +13,11 @@ LAUNCH_BOUND = 0.9  # of the time spent in launching: the device waits for the h
 def notes(records: Sequence[Record]) -> list[str]:
     """Return the notes on the records of one problem and quantity."""
     found = [_winner(records), *_reasons(records), *_ill_conditioned(records), *_unasked(records), *_checked(records)]
-    return [note for note in [*found, *_launch_bound(records), *_warnings(records), _noise(records)] if note]
+    return [
+        note
+        for note in [*found, *_compiled(records), *_launch_bound(records), *_warnings(records), _noise(records)]
+        if note
+    ]
 
 
 def _winner(records: Sequence[Record]) -> str:
@@ -23,7 +27,7 @@ def _winner(records: Sequence[Record]) -> str:
             return ""
         return "No backend gave a right result that could be timed."
     best = min(right, key=lambda r: r.timing["median_s"])
-    base, value = best.timing["baseline"], best.timing["ratio"]
+    base, value = best.timing.get("baseline"), best.timing.get("ratio")
     found = prices(records)
     said = [sentence(best.quantity, found, base) if found else f"Cheapest right backend: {best.label}."]
     if value and best.label != base:
@@ -67,6 +71,17 @@ def _unasked(records: Sequence[Record]) -> list[str]:
     ]
 
 
+def _compiled(records: Sequence[Record]) -> list[str]:
+    found = []
+    for r in records:
+        if "compile_s" in r.phases:
+            text = f"{r.label}: compiling took {units.seconds(r.phases['compile_s'])}, which its first call leaves out"
+            if anew := r.phases.get("recompiles"):
+                text += f"; it was compiled {anew} more time{'s' if anew > 1 else ''} while it was timed and checked"
+            found.append(f"{text}.")
+    return found
+
+
 def _warnings(records: Sequence[Record]) -> list[str]:
     return [f"{r.label} warns: {warning}." for r in records for warning in r.phases.get("warnings", ())]
 
@@ -77,8 +92,8 @@ def _checked(records: Sequence[Record]) -> list[str]:
     if "dropout" in about:
         found.append("Dropout: masks were drawn once and given to every backend as inputs.")
     asked = next((r.agreement for r in records if "checked_samples" in r.agreement), {})
-    n, checked = about["batch_size"], asked.get("checked_samples", about["batch_size"])
-    if checked < n:
+    n = about.get("batch_size", 0)
+    if (checked := asked.get("checked_samples", n)) < n:
         found.append(f"Agreement was checked on {checked} of {n} samples, drawn at random.")
     if asked.get("nondeterminism"):
         gap = asked["nondeterminism"]
@@ -100,9 +115,10 @@ def _noise(records: Sequence[Record]) -> str:
     timed = next((r for r in records if r.timing.get("floor") is not None), None)
     if timed is None:
         return ""
-    why = "all asked for" if timed.timing["stopped_by"] == "rounds" else "time was up"
+    why = "all asked for" if timed.timing.get("stopped_by") == "rounds" else "time was up"
+    base = timed.timing.get("baseline", "The baseline")
     return (
-        f"{timed.timing['rounds']} rounds ({why}). {timed.timing['baseline']} against itself was off by up to "
+        f"{timed.timing.get('rounds', '?')} rounds ({why}). {base} against itself was off by up to "
         f"{100 * timed.timing['floor']:.1f} %: smaller differences are not called."
     )
 

@@ -45,7 +45,7 @@ def prices(records: Sequence[Record]) -> list[Price]:
     found = [
         Price(r.label, r.timing["ordinary"]["ratio"], tuple(r.timing["samples_s"]), r.timing.get("floor") or 0.0)
         for r in records
-        if r.status == "ok" and r.timing.get("ordinary")
+        if r.status == "ok" and (r.timing.get("ordinary") or {}).get("ratio") and r.timing.get("samples_s")
     ]
     return sorted(found, key=lambda price: price.value)
 

@@ -40,7 +40,7 @@ def wins(records: Sequence[Record], baseline: str) -> list[Win]:
     """Return the outcomes of problems that differ in the batch size only, by quantity and then N."""
     groups: dict[tuple[str, int], list[Record]] = {}
     for r in records:
-        groups.setdefault((r.quantity, r.problem["batch_size"]), []).append(r)
+        groups.setdefault((r.quantity, r.problem.get("batch_size", 0)), []).append(r)
     order = {quantity: i for i, (quantity, _) in reversed(list(enumerate(groups)))}
     keys = sorted(groups, key=lambda key: (order[key[0]], key[1]))
     return [Win(q, n, tuple(prices(groups[q, n])), baseline) for q, n in keys]

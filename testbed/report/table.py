@@ -16,7 +16,7 @@ from testbed.records import Record
 from testbed.report import summary, units
 from testbed.report.notes import ill_conditioned, notes
 from testbed.report.published import comparisons, heading
-from testbed.report.titles import titles
+from testbed.report.titles import Titles, titles
 
 ALIGN_LEFT = ("backend", "status", "way", "quantity", "N", "cheapest", "next")  # columns that are words
 
@@ -26,18 +26,20 @@ class Table:
     """One problem and quantity, or the summary of several.
 
     Attributes:
-        problem: What the tables of one problem have in common, in a line.
-        title: What it is about besides, such as the quantity.
+        title: What it is about, in a line that can stand alone.
         header: The columns' names.
         rows: The cells' text, as many as the header in each.
         notes: What the table cannot say, in plain words.
+        problem: Of the title, what the problem has of its own among the problems of the report.
+        quantity: Of the title, the quantity with its options.
     """
 
-    problem: str
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...]
+    problem: str = ""
+    quantity: str = ""
 
 
 class Report:
@@ -55,16 +57,16 @@ class Report:
     def tables(self) -> list[Table]:
         """Return a table for each problem and quantity, those of a problem next to each other."""
         problems = _grouped(self.records, lambda r: str(r.problem))
-        own = self._titles()[1]
+        named = self._titles()
         return [
-            _table(title, group)
-            for title, mine in zip(own, problems, strict=True)
+            _table(own, whole, group)
+            for own, whole, mine in zip(named.own, named.whole, problems, strict=True)
             for group in _grouped(mine, lambda r: r.quantity)
         ]
 
     def shared(self) -> str:
         """Return what all problems have in common, in a line; empty where there is one."""
-        return self._titles()[0]
+        return self._titles().shared
 
     def summary(self) -> list[Table]:
         """Return who wins where: a table for all problems that differ in the batch size only; none for one table."""
@@ -72,10 +74,10 @@ class Report:
             return []
         baseline = next((str(r.timing["baseline"]) for r in self.records if r.timing.get("baseline")), "baseline")
         families = _grouped(self.records, lambda r: str({**r.problem, "batch_size": 0}))
-        _, own = titles([family[0] for family in families], but={"batch_size"})
+        own = titles([family[0] for family in families], but={"batch_size"}).own
         return [_summary(title, family, baseline) for title, family in zip(own, families, strict=True)]
 
-    def _titles(self) -> tuple[str, list[str]]:
+    def _titles(self) -> Titles:
         return titles([group[0] for group in _grouped(self.records, lambda r: str(r.problem))])
 
     def __str__(self) -> str:
@@ -96,7 +98,8 @@ class Report:
                 console.print(Text(f"{problem}\n", style="bold"))
                 _print_notes(console, common)
             for table in mine:
-                console.print(Text(table.title if len(mine) > 1 else f"{table.title} · {problem}", style="bold"))
+                title = table.quantity if len(mine) > 1 else f"{table.quantity} · {problem}"
+                console.print(Text(title, style="bold"))
                 console.print(_grid(table, console.width), "")
                 _print_notes(console, [note for note in table.notes if note not in common])
         if found := self.summary():
@@ -105,16 +108,15 @@ class Report:
             for table in found:
                 console.print(Text(table.problem, style="bold"))
                 console.print(_grid(table, console.width), "")
-            _print_notes(console, list(dict.fromkeys(note for table in found for note in table.notes)))
+            signs = dict.fromkeys(note for table in found for note in table.notes if note != summary.EXPLANATION)
+            _print_notes(console, list(signs))
         if self.published:
             console.print(Text(heading(self.size), style="bold"))
             _print_notes(console, list(comparisons(self.published, self.records)))
 
     def _repr_html_(self) -> str:
         """Return the tables as HTML, as notebooks show them."""
-        shared = self.shared()
-        head = f"<p>{html.escape(shared)}</p>\n" if shared else ""
-        return head + "\n".join(_html(table) for table in [*self.tables(), *self.summary()])
+        return "\n".join(_html(table) for table in [*self.tables(), *self.summary()])
 
 
 def _grouped(records: Iterable[Record], key: Callable[[Record], str]) -> list[list[Record]]:
@@ -125,7 +127,7 @@ def _grouped(records: Iterable[Record], key: Callable[[Record], str]) -> list[li
     return list(groups.values())
 
 
-def _table(problem: str, records: Sequence[Record]) -> Table:
+def _table(own: str, whole: str, records: Sequence[Record]) -> Table:
     baseline = next((r.timing["baseline"] for r in records if r.timing.get("baseline")), None)
     header = ("backend", "status", "way", "median", f"× {baseline}", "× step", "peak", "first")
     rows = [_row(r) for r in sorted(records, key=lambda r: r.status != "ok")]
@@ -135,12 +137,14 @@ def _table(problem: str, records: Sequence[Record]) -> Table:
             share = units.ratio(bound["seconds"] / step["median_s"])
             rows.append(("limit", "", "", units.seconds(bound["seconds"]), "", share, "", ""))
     lines = [header, *rows] if baseline else [line[:4] + line[5:] for line in (header, *rows)]
-    return Table(problem, records[0].quantity, lines[0], tuple(lines[1:]), tuple(notes(records)))
+    quantity = records[0].quantity
+    return Table(f"{quantity} · {whole}", lines[0], tuple(lines[1:]), tuple(notes(records)), own, quantity)
 
 
 def _summary(problem: str, records: Sequence[Record], baseline: str) -> Table:
     rows = tuple(summary.rows(summary.wins(records, baseline)))
-    return Table(problem, "who wins where", (*summary.HEADER, baseline), rows, tuple(summary.notes(rows)))
+    said = (summary.EXPLANATION, *summary.notes(rows))
+    return Table(f"Who wins where · {problem}", (*summary.HEADER, baseline), rows, said, problem)
 
 
 def _width(table: Table) -> int:
@@ -185,7 +189,7 @@ def _row(r: Record) -> tuple[str, ...]:
     return (
         r.label,
         _status(r),
-        "native" if t.get("native") else "derived",
+        ("native" if t["native"] else "derived") if "native" in t else "–",
         _median(t),
         against,
         units.ratio(step.get("ratio")),
@@ -206,7 +210,8 @@ def _median(timing: dict[str, float]) -> str:
     if "median_s" not in timing:
         return "–"
     median = timing["median_s"]
-    return f"{units.seconds(median)} {units.spread(median, timing['p5_s'], timing['p95_s'])}"
+    low, high = timing.get("p5_s", median), timing.get("p95_s", median)
+    return f"{units.seconds(median)} {units.spread(median, low, high)}"
 
 
 def _html(table: Table) -> str:
@@ -215,6 +220,5 @@ def _html(table: Table) -> str:
 
     body = "".join(line("td", row) for row in table.rows)
     under = "".join(f"<li>{html.escape(note)}</li>" for note in table.notes)
-    caption = " · ".join(part for part in (table.title, table.problem) if part)
-    head = f"<caption>{html.escape(caption)}</caption><thead>{line('th', table.header)}</thead>"
+    head = f"<caption>{html.escape(table.title)}</caption><thead>{line('th', table.header)}</thead>"
     return f"<table>{head}<tbody>{body}</tbody></table><ul>{under}</ul>"

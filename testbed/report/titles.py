@@ -1,7 +1,7 @@
 """What a problem is called: every fact in words, and which of them several problems share."""
 
 from collections.abc import Container, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from testbed.environment import device_name
 from testbed.records import Record
@@ -23,8 +23,22 @@ def title(problem: Mapping[str, Any]) -> str:
     return _line(_words(problem), _loud(problem))
 
 
-def titles(records: Sequence[Record], but: Container[str] = ()) -> tuple[str, list[str]]:
-    """Return what all problems share, in a line, and what each has of its own; with one problem, all is its own.
+class Titles(NamedTuple):
+    """What several problems are called.
+
+    Attributes:
+        shared: What all have in common, in a line; empty where there is one problem.
+        own: What each has of its own.
+        whole: Both, for each.
+    """
+
+    shared: str
+    own: list[str]
+    whole: list[str]
+
+
+def titles(records: Sequence[Record], but: Container[str] = ()) -> Titles:
+    """Return what problems are called.
 
     Args:
         records: One record a problem.
@@ -34,9 +48,10 @@ def titles(records: Sequence[Record], but: Container[str] = ()) -> tuple[str, li
     every = [key for group in GROUPS for key in group if key not in but]
     differ = {key for key in every if len({f.get(key) for f in found}) > 1}
     loud = {key for record in records for key in {*_loud(record.problem), "device"} if key not in but}
+    whole = [_line(f, loud | differ) for f in found]
     if len(records) == 1:
-        return "", [_line(found[0], loud)]
-    return _line(found[0], loud - differ), [_line(f, differ) for f in found]
+        return Titles("", whole, whole)
+    return Titles(_line(found[0], loud - differ), [_line(f, differ) for f in found], whole)
 
 
 def _words(problem: Mapping[str, Any]) -> dict[str, str]:
@@ -47,7 +62,9 @@ def _words(problem: Mapping[str, Any]) -> dict[str, str]:
         said["seed"] = f"seed {problem['seed']}"
     if problem.get("tf32") is not None:
         said["tf32"] = "TF32" if problem["tf32"] else "no TF32"
-    return {**said, "batch_size": f"N={problem['batch_size']}"}
+    if problem.get("batch_size") is not None:
+        said["batch_size"] = f"N={problem['batch_size']}"
+    return said
 
 
 def _loud(problem: Mapping[str, Any]) -> set[str]:

@@ -1,15 +1,16 @@
-"""Every discovered backend on a few problems, grouped by problem; agreement is asserted before anything is timed.
+"""Every discovered backend and quantity on a few problems; agreement is asserted before anything is timed.
 
 python -m pytest tests/benchmarks --benchmark-only
 """
 
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 
 from backends import available, backend_class, get_backend
-from backends.base import Unavailable, Unsupported
+from backends.base import QUANTITIES, Unavailable, Unsupported
 from testbed.agreement import Calibrated
 from testbed.environment import environment
 from testbed.problems import Problem, make_problem
@@ -25,22 +26,29 @@ PROBLEMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=PROBLEMS)
-def problem(request: pytest.FixtureRequest) -> tuple[str, Problem, Referee]:
-    made = make_problem(loss="nll", device=DEVICE, **PROBLEMS[request.param])
-    return request.param, made, Referee(made, "grads", {}, Calibrated())
+@cache
+def problem(name: str) -> Problem:
+    return make_problem(loss="nll", device=DEVICE, **PROBLEMS[name])
+
+
+@cache
+def referee(name: str, quantity: str) -> Referee:
+    return Referee(problem(name), quantity, {}, Calibrated())
 
 
 @pytest.mark.parametrize("backend", available())
-def test_grads(benchmark: Any, backend: str, problem: tuple[str, Problem, Referee]) -> None:
-    name, p, referee = problem
-    benchmark.group = name
-    env = environment(p.device)
-    benchmark.extra_info |= {"backend": backend, "device": str(p.device), "versions": env["versions"]}
+@pytest.mark.parametrize("quantity", QUANTITIES)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_quantity(benchmark: Any, name: str, quantity: str, backend: str) -> None:
+    p, cls = problem(name), backend_class(backend)
+    benchmark.group = f"{name}, {quantity}"
+    native = cls.native(quantity)
+    versions = environment(p.device)["versions"]
+    benchmark.extra_info |= {"backend": backend, "native": native, "device": str(p.device), "versions": versions}
     try:
-        backend_class(backend).load()
-        fn = get_backend(backend).grads(p.model, p.loss_fn)
-        finding = referee.precision(fn(p.inputs, p.targets))
+        cls.load()
+        fn = getattr(get_backend(backend), quantity)(p.model, p.loss_fn)
+        finding = referee(name, quantity).precision(fn(p.inputs, p.targets))
     except (Unsupported, Unavailable) as reason:
         pytest.skip(str(reason))
     assert finding.status == "ok", finding.diagnosis

@@ -1,0 +1,53 @@
+"""PyTorch's ExpandedWeights, `torch.nn.utils`' own per-sample call: functions of parameters, not modules, are watched.
+
+A parameter is replaced by a tensor whose few known functions (linear, convolutions, embedding, norms, recurrent ones)
+leave per-sample gradients behind; any other function of it raises. Weights may be shared and used anywhere. It is
+private to PyTorch (`_per_sample_grad`), and what Opacus' mode `ew` wraps.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from backends.base import Backend, GradsFn, LossFn, Named, Unsupported, describe, guarded, own_copy, register, trainable
+from backends.batch import Batch, call, size
+from backends.expanded import expanded, normalises_anew, trains_padding
+from backends.module_calls import collect, watcher
+from backends.running import batch_gradient, library_call
+
+
+@register("expanded_weights")
+@dataclass(frozen=True)
+class ExpandedWeights(Backend):
+    """`call_for_per_sample_grads(model, loss_reduction="sum")`."""
+
+    def grads(self, model: nn.Module, loss_fn: LossFn) -> GradsFn:
+        """Build the model's copy; see the contract."""
+        from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
+
+        watching = watcher("ExpandedWeights", model, functions=expanded, repeats=lambda module: True)
+        plain, model = own_copy(model), own_copy(model)
+        parameters = trainable(model)
+        _refuse_options(model)
+
+        def fn(inputs: Batch, targets: Tensor) -> Named:
+            for p in parameters.values():
+                vars(p).pop("grad_sample", None)  # of a call that failed half-way
+            with watching(inputs) as new:
+                with library_call(plain, model, loss_fn, inputs, targets):
+                    per_sample = call_for_per_sample_grads(model, batch_size=size(inputs), loss_reduction="sum")
+                    torch.autograd.backward(loss_fn(call(per_sample, inputs), targets).sum())
+                totals = batch_gradient(plain, loss_fn, inputs, targets) if new else None
+                return collect("ExpandedWeights", parameters, "grad_sample", size(inputs), verify=new, totals=totals)
+
+        return fn
+
+
+def _refuse_options(model: nn.Module) -> None:
+    """Refuse the layer options that ExpandedWeights get wrong."""
+    for path, module in model.named_modules():
+        if guarded() and any(p.requires_grad for p in module.parameters(recurse=False)):
+            for wrong in (trains_padding, normalises_anew):
+                if reason := wrong(module):
+                    raise Unsupported(f"{describe(path, module, options=True)}: {reason}")
