@@ -1,5 +1,6 @@
 """The published workloads: every file loads in every size, and the small size is a problem that repeats."""
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ from torch import nn
 from backends.batch import call
 from testbed.api import problem_of
 from testbed.experiment import Published
+from testbed.experiment_docs import README
 from testbed.load import load_experiment
 from testbed.problems import Problem, ProblemError
 from testbed.records import Record
 from testbed.report import Report
 from tests.test_report import record
 
-FOLDER = Path(__file__).parent.parent / "experiments" / "published"
+FOLDER = README.parent / "published"
 FILES = sorted(FOLDER.glob("*.yaml"))
 CPU = torch.device("cpu")
 
@@ -40,6 +42,11 @@ once = cache(small)  # for the tests that do not change it
 
 def losses(p: Problem) -> torch.Tensor:
     return p.loss_fn(call(p.model, p.inputs), p.targets)
+
+
+def test_the_readme_lists_every_file() -> None:
+    listed = re.findall(r"\]\(published/(\w+)\.yaml\)", README.read_text(encoding="utf-8"))
+    assert sorted(listed) == [file.stem for file in FILES]
 
 
 @each_file
