@@ -1,6 +1,7 @@
 """The referee of one problem and quantity: knows the truth, and says whether a result agrees, and if not why.
 
-The truth is what the reference backend computes in float64; the yardstick is what it computes in the run's dtype.
+The truth is what the reference backend computes in float64; the yardstick is what it computes in the run's dtype. Of a
+clipped sum there is a second yardstick: an ordinary backward pass, which rounds as often as a training step does.
 """
 
 import copy
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 
 from backends import get_backend, reference
-from backends.base import LossFn, trainable
-from backends.batch import Batch, apply, size, take
+from backends.base import LossFn, clip_factors, own_copy, trainable
+from backends.batch import Batch, apply, call, size, take
 from testbed.agreement import (
     PER_SAMPLE,
     Agreement,
@@ -101,7 +102,7 @@ class Referee:
 
     def precision(self, result: object, again: Again | None = None, *, fresh: bool = False) -> Finding:
         """Ask question 2 of a result in the run's dtype; `again` repeats the call, to explain a disagreement."""
-        yardsticks = [as_rows(y, self.quantity) for y in self.yardsticks(fresh=fresh)]
+        yardsticks = [as_rows(y, self.quantity) for y in [*self.yardsticks(fresh=fresh), *self._ordinary_sum(fresh)]]
         draw = self._draw(self.run, fresh)
         per_sample = self.quantity in PER_SAMPLE
 
@@ -130,6 +131,30 @@ class Referee:
         total = norms(first).norm()
         gaps = [distance(other, {k: t.double() for k, t in first.items()}).norm() for other in others]
         return max((float(gap / total) for gap in gaps if gap), default=0.0)
+
+    def _ordinary_sum(self, fresh: bool) -> list[Result]:
+        """Return a clipped sum as an ordinary backward pass of the clipped losses computes it, a second yardstick.
+
+        The reference adds up a sample, then the samples. An ordinary backward pass may add up all their terms in one
+        go, and rounds more: a token that fills up every sequence has thousands.
+        """
+        if self.quantity != "clipped_sum":
+            return []
+        key = ("ordinary", fresh)
+        if key not in self._known:
+            wide, run = self.wide, self.run
+            lengths = get_backend(reference()).norms(wide.model, wide.loss_fn)(*batch_of(wide, fresh))
+            factors = clip_factors(lengths, self.options.get("max_norm", 1.0))
+            model, (inputs, targets) = own_copy(run.model), batch_of(run, fresh)
+            parameters = trainable(model)
+            dtype = getattr(torch, self.autocast or "float32")
+            with torch.enable_grad(), torch.autocast(run.device.type, dtype, enabled=self.autocast is not None):
+                losses = run.loss_fn(call(model, inputs), targets)
+                total = (losses * factors.to(losses.dtype)).sum()
+            grads = torch.autograd.grad(total, list(parameters.values()), allow_unused=True, materialize_grads=True)
+            self._known[key] = dict(zip(parameters, grads, strict=True))
+        found = self._known[key]
+        return [found] if all(t.isfinite().all() for t in found.values()) else []  # one of NaN measures nothing
 
     def _whole(self, fresh: bool) -> Result:
         """Return what has the form of the whole batch's result; it takes no memory."""
