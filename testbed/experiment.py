@@ -72,6 +72,20 @@ class Limits(_Frozen):
     )
 
 
+class Published(_Frozen):
+    """What a publication says of a cell of this experiment, so that a report can set ours beside it."""
+
+    source: str = Field(description="The publication, and where in it.")
+    hardware: str = Field("", description="What it was measured on.")
+    what: str = Field("", description="What the publication says, in words.")
+    figure: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Its time, divided by that of `relative_to`; null where it states none."
+    )
+    relative_to: Literal["step", "baseline"] = Field("step", description="An ordinary step, or the baseline.")
+    backend: str | None = Field(None, description="The backend that computes it as the publication does, by label.")
+    quantity: str | None = Field(None, description="The quantity it is about.")
+
+
 class Workload(_Frozen):
     """One problem, as names and numbers."""
 
@@ -125,6 +139,11 @@ class Experiment(_Frozen):
     agreement: Choice = Field(Choice.of("calibrated"), description="The rule: " + ", ".join(RULES) + ".")
     timing: Timing = Field(Timing(), description="How long to measure.")
     limits: Limits = Field(Limits(), description="What a backend's process may take.")
+    size: str | None = Field(None, description="The entry of `sizes` to run.")
+    sizes: dict[str, dict[str, Any]] = Field(
+        {}, description="Name → keys that stand in place of the experiment's own, as `--set` would put them."
+    )
+    published: tuple[Published, ...] = Field((), description="What publications say; the report sets ours beside it.")
     expect: dict[str, str] = Field(
         {}, description="Backend → status that is as expected, such as `backpack: unsupported`; sets the exit code."
     )

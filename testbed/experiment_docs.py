@@ -16,7 +16,7 @@ from backends import available
 from backends.base import BACKENDS, QUANTITIES, Backend
 from backends.registry import options_of
 from testbed.agreement import RULES
-from testbed.experiment import Choice, Experiment, Workload
+from testbed.experiment import Choice, Experiment, Published, Workload
 from testbed.problems import DATA, LOSSES, MODELS
 from testbed.records import STATUSES
 from testbed.yaml_source import write
@@ -68,6 +68,10 @@ def _keys(model: type[BaseModel], above: str = "") -> Iterator[tuple[str, ...]]:
         if name == "problems":
             yield from ((key, f"{kind}; or a list", *rest) for key, kind, *rest in _keys(Workload))
             yield f"`{name}`", "[{key: value, …}, …], not empty", "`null`", field.description or ""
+            continue
+        if name == "published":
+            yield f"`{name}`", "[{key: value, …}, …]", "`[]`", field.description or ""
+            yield from _keys(Published, f"{name}.N.")
             continue
         if isinstance(field.default, BaseModel) and not isinstance(field.default, Choice):
             yield from _keys(type(field.default), f"{above}{name}.")

@@ -1,6 +1,7 @@
 """YAML → `Experiment`: sweeps are written out, and every mistake is one line with its place."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,12 +12,15 @@ from backends.base import BACKENDS, QUANTITIES, Backend
 from backends.registry import did_you_mean, explain, unknown
 from testbed.exclude import HERE, check_exclude, useful
 from testbed.expand import MAX_CELLS, Known, Part, choices, combinations, items
-from testbed.experiment import Experiment, Limits, Timing, Workload
+from testbed.experiment import Experiment, Limits, Published, Timing, Workload
 from testbed.names import REGISTRIES, check_names
+from testbed.sizes import apply_size, of_size
 from testbed.yaml_source import ConfigError, KeyPath, Source, read
 
 T = TypeVar("T", bound=BaseModel)
 Thing = Callable[..., Any]
+NESTED: dict[str, type[BaseModel]] = {"timing": Timing, "limits": Limits, "published": Published}
+"""The mappings in an experiment that have keys of their own."""
 
 
 def load_experiment(file: str | Path, assignments: Sequence[str] = (), only: Sequence[str] = ()) -> Experiment:
@@ -34,7 +38,10 @@ def load_experiment(file: str | Path, assignments: Sequence[str] = (), only: Seq
     if not isinstance(source.data, dict):
         expected = "expected keys such as 'model', 'data' and 'loss'"
         raise ConfigError(f"{source.place(())}: {expected}, found {_kind(source.data)}")
-    for assignment in assignments:
+    for assignment in filter(of_size, assignments):
+        source.replace(assignment)
+    apply_size(source, keys())
+    for assignment in filterfalse(of_size, assignments):
         source.replace(assignment)
     available()  # discovery fills the registry
     replaced = bool(assignments) and not any(a.lstrip().startswith("exclude") for a in assignments)
@@ -144,17 +151,15 @@ def _validated(schema: type[T], value: Any, part: Part) -> T:  # noqa: ANN401  w
         raise ConfigError(_first_problem(error, schema, part)) from None
 
 
-PARTS: dict[str, type[BaseModel]] = {"timing": Timing, "limits": Limits}  # keys with keys of their own
-
-
 def _first_problem(error: ValidationError, schema: type[BaseModel], part: Part) -> str:
     """Return the first of pydantic's errors as one line with its place; a key that is misspelt is not missing."""
     problems: Any = error.errors()
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     path: KeyPath = tuple(problem["loc"])
+    fields = schema.model_fields if len(path) == 1 else NESTED.get(str(path[0]), schema).model_fields
     if problem["type"] == "extra_forbidden":  # keys at the top level have been looked at
-        return _unknown_key(path, PARTS[str(path[0])].model_fields, part)
-    hint = f": {schema.model_fields[str(path[0])].description}" if problem["type"] == "missing" else ""
+        return _unknown_key(path, fields, part)
+    hint = f": {fields[str(path[-1])].description}" if problem["type"] == "missing" else ""
     return f"{part.place(path)}: {explain(problem)}{hint}"
 
 

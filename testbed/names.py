@@ -1,6 +1,6 @@
 """Every name and option of an experiment is known, before anything is built."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from backends.base import BACKENDS, QUANTITIES, Backend
@@ -51,6 +51,12 @@ def check_names(
         _refuse_bad_option("quantity", choice, getattr(Backend, choice.name), ("quantities", i), rest)
     _refuse_twice("quantity", experiment.quantities, lists["quantities"])
     _check_mentioned(experiment, rest)
+    for i, published in enumerate(experiment.published):
+        known: dict[str, Collection[str]] = {"backend": set(BACKENDS), "quantity": QUANTITIES}
+        for key, there_are in known.items():
+            name = getattr(published, key)
+            if name is not None and name.partition("(")[0] not in there_are:
+                raise ConfigError(f"{rest.place(('published', i, key))}: {unknown(key, name, there_are)}")
 
 
 def _check_mentioned(experiment: Experiment, rest: Part) -> None:

@@ -1,6 +1,7 @@
 """The referee of one problem and quantity: knows the truth, and says whether a result agrees, and if not why.
 
-The truth is what the reference backend computes in float64; the yardstick is what it computes in the run's dtype.
+The truth is what the reference backend computes in float64; the yardstick is what it computes in the run's dtype. Of a
+clipped sum there is a second yardstick: an ordinary backward pass, which rounds as often as a training step does.
 """
 
 import copy
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 
 from backends import get_backend, reference
-from backends.base import LossFn, trainable
-from backends.batch import Batch, apply, size, take
+from backends.base import LossFn, clip_factors, own_copy, trainable
+from backends.batch import Batch, apply, call, size, take
 from testbed.agreement import (
     PER_SAMPLE,
     Agreement,
@@ -104,7 +105,7 @@ class Referee:
 
     def precision(self, result: object, again: Again | None = None, *, fresh: bool = False) -> Finding:
         """Ask question 2 of a result in the run's dtype; `again` repeats the call, to explain a disagreement."""
-        yardsticks = [as_rows(y, self.quantity) for y in self.yardsticks(fresh=fresh)]
+        yardsticks = [as_rows(y, self.quantity) for y in [*self.yardsticks(fresh=fresh), *self._ordinary_sum(fresh)]]
         draw = self._draw(self.run, fresh)
         per_sample = self.quantity in PER_SAMPLE
 
@@ -133,6 +134,34 @@ class Referee:
         total = norms(first).norm()
         gaps = [distance(other, {k: t.double() for k, t in first.items()}).norm() for other in others]
         return max((float(gap / total) for gap in gaps if gap), default=0.0)
+
+    def _ordinary_sum(self, fresh: bool) -> list[Result]:
+        """Return a clipped sum as an ordinary backward pass of the clipped losses computes it, a second yardstick.
+
+        The reference adds up a sample, then the samples. An ordinary backward pass may add up all their terms in one
+        go, and rounds more: a token that fills up every sequence has thousands.
+        """
+        if self.quantity != "clipped_sum":
+            return []
+        key = ("ordinary", fresh)
+        if key not in self._known:
+            self._known[key] = self._shared("ordinary", fresh, lambda: self._backward_of_clipped(fresh))
+        found = self._known[key]
+        assert isinstance(found, dict)
+        return [found] if all(t.isfinite().all() for t in found.values()) else []  # one of NaN measures nothing
+
+    def _backward_of_clipped(self, fresh: bool) -> Result:
+        wide, run = self.wide, self.run
+        lengths = get_backend(reference()).norms(wide.model, wide.loss_fn)(*batch_of(wide, fresh))
+        factors = clip_factors(lengths, self.options.get("max_norm", 1.0))
+        model, (inputs, targets) = own_copy(run.model), batch_of(run, fresh)
+        parameters = trainable(model)
+        dtype = getattr(torch, self.autocast or "float32")
+        with torch.enable_grad(), torch.autocast(run.device.type, dtype, enabled=self.autocast is not None):
+            losses = run.loss_fn(call(model, inputs), targets)
+            total = (losses * factors.to(losses.dtype)).sum()
+        grads = torch.autograd.grad(total, list(parameters.values()), allow_unused=True, materialize_grads=True)
+        return dict(zip(parameters, grads, strict=True))
 
     def _whole(self, fresh: bool) -> Result:
         """Return what has the form of the whole batch's result; it takes no memory."""
@@ -197,15 +226,13 @@ class Referee:
         if key not in self._known:
             for old in [k for k in self._known if k[1] != fresh]:
                 del self._known[old]  # the results on two batches of a large problem need not fit together
-            self._known[key] = self._shared(what, problem, fresh)
+            self._known[key] = self._shared(
+                what, fresh, lambda: self._compute(problem.model, problem.loss_fn, *batch_of(problem, fresh))
+            )
         return self._known[key]
 
-    def _shared(self, what: str, problem: Problem, fresh: bool) -> Result:
+    def _shared(self, what: str, fresh: bool, compute: Callable[[], Result]) -> Result:
         """Return what the reference computes, from the store where another process has computed it."""
-
-        def compute() -> Result:
-            return self._compute(problem.model, problem.loss_fn, *batch_of(problem, fresh))
-
         if self.store is None:
             return compute()
         options = zlib.crc32(repr(sorted(self.options.items())).encode())
@@ -220,6 +247,7 @@ class Referee:
         self.store.drop("truth *")  # of the quantity before, and of the other batch
         self.truth(fresh=fresh)
         self.yardsticks(fresh=fresh)
+        self._ordinary_sum(fresh)
         if not fresh and self.rule.same_function and self.few is not self.wide:
             self._reference("few", self.few, fresh=False)
         self.forget()

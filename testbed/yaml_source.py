@@ -49,6 +49,7 @@ class Source:
         self._keys: dict[KeyPath, yaml.Mark] = {}
         self._values: dict[KeyPath, yaml.Mark] = {}
         self._replaced: dict[KeyPath, str] = {}
+        self._moved: dict[KeyPath, KeyPath] = {}
         self._nodes = 0
         self.data = self._construct(self._parse(text), (), ())
 
@@ -61,6 +62,8 @@ class Source:
             common = min(len(replaced), len(path))
             if path and replaced[:common] == path[:common]:
                 return option
+        if path[:1] in self._moved:
+            return self.place((*self._moved[path[:1]], *path[1:]), key=key)
         for length in range(len(path), -1, -1):
             part = path[:length]
             marks = self._keys if key and length == len(path) else self._values
@@ -91,6 +94,14 @@ class Source:
                 raise ConfigError(f"{option}: there is no '{'.'.join(map(str, path))}'")
         here[inside] = value
         self._replaced[path] = option
+
+    def move(self, path: KeyPath, key: tuple[str]) -> None:
+        """Put the value at a path in place of a top-level key's; its place stays where it stands in the file."""
+        value = self.data
+        for part in path:
+            value = value[part]
+        self.data[key[0]] = value
+        self._moved[key] = path
 
     def _parse(self, text: str) -> yaml.Node | None:
         try:

@@ -169,9 +169,7 @@ class TestList:
 
     def test_names_come_with_a_line_and_their_options(self, call: Any) -> None:
         out = call("list", "backends").out
-        assert re.search(
-            r"^  vmap +`vmap\(grad\(loss\)\)` over the batch. \(options: randomness\)$", out, re.M
-        )
+        assert re.search(r"^  vmap +`vmap\(grad\(loss\)\)` over the batch. \(options: randomness\)$", out, re.M)
 
     def test_experiments(self, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(ROOT)

@@ -573,6 +573,9 @@ baseline: vmap
 agreement: {allclose: {atol: 1e-5, rtol: 0}}
 timing: {rounds: 3, max_s: 1.5, warmup: 0, precision: 0.1}
 limits: {timeout_s: 60, memory_gb: 2.5}
+size: large
+sizes: {large: {seed: 4}, small: {batch_size: 1}}
+published: [{source: a paper, hardware: a GPU, what: it is fast, figure: 2.5, backend: vmap, quantity: grads}]
 expect: {opacus(mode=ew): ok, vmap: unsupported}
 """
 

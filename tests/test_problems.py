@@ -1,6 +1,10 @@
 """Problems: what the names stand for, that they repeat, and what is said when they cannot be made."""
 
+import math
+import re
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,21 +34,117 @@ def test_simple_cnn_is_the_tutorials() -> None:
     }
 
 
-TOKEN_MODELS = ("transformer",)
+# Data and options that make a small problem of a model; the others take data `random` as it is.
+SMALL_IMAGES = {"shape": (3, 32, 32)}
+SMALL_TOKENS = {"length": 6, "vocabulary": 50}
+SMALL_TRANSFORMER = {"vocabulary": 50, "width": 24, "depth": 1, "heads": 2}
+FITTING: dict[str, dict[str, Any]] = {
+    "alexnet": {"data_options": {"shape": (3, 63, 63)}, "model_options": {"hidden": 8}},
+    "bert": {"data": "tokens", "data_options": SMALL_TOKENS, "model_options": SMALL_TRANSFORMER},
+    "cifar10_3c3d": {"data_options": SMALL_IMAGES},
+    "embedding_classifier": {"data": "text"},
+    "gpt2": {"data": "language", "data_options": SMALL_TOKENS, "model_options": SMALL_TRANSFORMER},
+    "lstm_classifier": {"data": "text", "data_options": {"length": 6}, "model_options": {"width": 8}},
+    "transformer": {"data": "tokens"},
+    "vgg16": {"data_options": SMALL_IMAGES, "model_options": {"hidden": 8}},
+    "vit": {"data_options": SMALL_IMAGES, "model_options": {"width": 24, "depth": 1, "heads": 2}},
+}
+OF_TRANSFORMERS = ("bert", "gpt2")
 
 
-@pytest.mark.parametrize("data", ["random", "digits", "tokens"])
+def fitting(model: str, loss: str = "cross_entropy") -> Problem:
+    if model in OF_TRANSFORMERS:
+        pytest.importorskip("transformers")
+    return small(model, **{"data": "random", "loss": loss, **FITTING.get(model, {})})
+
+
 @pytest.mark.parametrize("model", sorted(MODELS))
 @pytest.mark.parametrize("loss", sorted(LOSSES))
-def test_every_model_data_and_loss_fit_or_say_why_not(model: str, data: str, loss: str) -> None:
-    if (data == "tokens") != (model in TOKEN_MODELS):
-        with pytest.raises(ProblemError, match=f"model '{model}' takes"):
-            small(model, data, loss)
+def test_every_model_and_loss_fit_together_where_the_targets_do(model: str, loss: str) -> None:
+    p = fitting(model, loss)
+    if (p.targets.dim() == 2) != loss.startswith("token"):
         return
-    p = small(model, data, loss)
     losses = p.loss_fn(call(p.model, p.inputs), p.targets)
     assert losses.shape == (4,)
     assert losses.isfinite().all()
+
+
+@pytest.mark.parametrize("data", ["random", "digits", "tokens", "language"])
+@pytest.mark.parametrize("model", sorted(MODELS))
+def test_every_model_fits_any_data_or_says_what_it_takes(model: str, data: str) -> None:
+    if model in OF_TRANSFORMERS:
+        pytest.importorskip("transformers")
+    said = ""
+    try:
+        p = small(model, data, model_options=FITTING.get(model, {}).get("model_options"))
+        call(p.model, p.inputs)
+    except ProblemError as error:
+        said = str(error)
+    assert not said or re.match(f"model '{model}' (takes|has) .*data", said)
+
+
+@pytest.mark.parametrize("model", sorted(MODELS))
+def test_every_parameter_of_a_model_gets_a_gradient(model: str) -> None:
+    p = fitting(model, "token_cross_entropy" if model == "gpt2" else "cross_entropy")
+    p.loss_fn(call(p.model, p.inputs), p.targets).sum().backward()
+    assert [name for name, q in p.model.named_parameters() if q.grad is None or not q.grad.any()] == []
+
+
+PARAMETERS = {
+    "cifar10_3c3d": (895_210, {"shape": (3, 32, 32), "classes": 10}),  # as BackPACK's paper counts
+    "all_cnn_c": (1_387_108, {"shape": (3, 32, 32), "classes": 100}),  # likewise
+    "wide_resnet": (2_748_890, {"shape": (3, 32, 32), "classes": 10}),  # De et al. write 2.7 million
+}
+
+
+@pytest.mark.parametrize("model", PARAMETERS)
+def test_a_published_model_has_as_many_parameters_as_is_published(model: str) -> None:
+    count, options = PARAMETERS[model]
+    assert sum(p.numel() for p in small(model, data_options=options).model.parameters()) == count
+
+
+@pytest.mark.parametrize("model", ["alexnet", "vgg16"])
+def test_torchvisions_classifier_keeps_its_shape_at_full_width(model: str) -> None:
+    import torchvision
+
+    with torch.device("meta"):
+        expected = getattr(torchvision.models, model)(num_classes=10)
+    narrow = fitting(model).model
+    shapes, found = ([tuple(p.shape) for p in m.parameters()] for m in (expected, narrow))
+    assert found == [tuple(8 if n == 4096 else n for n in shape) for shape in shapes]
+
+
+def test_a_token_loss_is_the_mean_over_a_samples_own_tokens() -> None:
+    outputs, targets = (
+        torch.tensor([[[0.0, 0.0], [9.0, 0.0], [0.0, 0.0]]] * 2),
+        torch.tensor([[0, -100, 1], [-100] * 3]),
+    )
+    found = LOSSES["token_cross_entropy"](outputs, targets)
+    assert torch.allclose(found, torch.tensor([math.log(2), 0.0]))
+
+
+def test_the_target_of_a_token_is_the_one_after_it() -> None:
+    p = fitting("gpt2", "token_cross_entropy")
+    assert torch.equal(p.inputs[:, 1:], p.targets[:, :-1])  # type: ignore[index]
+    assert p.targets.shape == (4, 6)
+
+
+def test_text_is_filled_up_in_front_and_has_frequent_tokens() -> None:
+    options = {"length": 64, "vocabulary": 1000}
+    tokens = make_problem("lstm_classifier", "text", "nll", data_options=options, batch_size=200).inputs
+    assert isinstance(tokens, torch.Tensor)
+    assert ((tokens == 0).int().diff(dim=1) <= 0).all()
+    assert (tokens != 0).sum(1).min() >= 8
+    assert (tokens == 1).sum() > 5 * (tokens == 20).sum()
+
+
+@pytest.mark.parametrize("model", OF_TRANSFORMERS)
+def test_without_transformers_one_line_says_what_to_install(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(
+        ProblemError, match=f"^model '{model}' needs the library transformers.*: pip install transformers$"
+    ):
+        small(model, "tokens")
 
 
 def test_the_same_seed_gives_the_same_problem() -> None:
@@ -114,6 +214,10 @@ def test_offline_says_what_was_tried_and_what_to_use(
             "made with {'width': 6}: ValueError: num_channels",
         ),
         ({"model": "transformer", "data": "tokens", "data_options": {"vocabulary": 999}}, "has vocabulary=100"),
+        ({"model": "alexnet", "data": "digits"}, "takes images .* of 63×63 pixels or more, the data has 1×28×28"),
+        ({"model": "cifar_cnn", "data_options": {"shape": (9,)}}, "takes images .*, the data has 9"),
+        ({"model": "vit", "data_options": {"shape": (1, 32, 32)}}, "patch=16, the data has 1×32×32"),
+        ({"model": "wide_resnet", "model_options": {"depth": 17}}, "such as 10, 16 or 28; found 17"),
         ({"data": "digits", "batch_size": 2000}, "data 'digits' has 1797 samples, the batch size is 2000"),
     ],
 )

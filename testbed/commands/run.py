@@ -124,7 +124,7 @@ def main(arguments: Sequence[str]) -> int:
         problem_error = error
     if options.resume:  # what was kept and what is new, in the order of a run in one go
         records.sort(key=lambda record: wanted.index(record.cell))
-    Report(records).print(Console())
+    Report(records, experiment.published, experiment.size).print(Console())
     print(f"{'interrupted; what was measured is' if interrupted else 'records'} in {folder.path}")
     draw_page(records, folder.path)
     if problem_error:

@@ -1,6 +1,14 @@
 """Problems: a model, a loss and a batch, made from names; add your own with `register_model`, `_data`, `_loss`."""
 
-from testbed.problems import data, losses, models  # noqa: F401  importing them registers what they hold
+from testbed.problems import (  # noqa: F401  importing them registers what they hold
+    data,
+    huggingface,
+    losses,
+    models,
+    text,
+    torchvision_models,
+    vision,
+)
 from testbed.problems.base import (
     DATA,
     LOSSES,

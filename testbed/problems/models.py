@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from testbed.problems.base import Positive, ProblemError, Samples, register_model
+from testbed.problems.forms import floats, tokens
 
 
 class SimpleCNN(nn.Module):
@@ -32,7 +33,7 @@ class SimpleCNN(nn.Module):
 @register_model("simple_cnn")
 def simple_cnn(example: Samples) -> nn.Module:
     """The tutorial's CNN (1×28×28 images, 10 classes)."""
-    shape = tuple(_tensor("simple_cnn", example).shape[1:])
+    shape = tuple(floats("simple_cnn", example).shape[1:])
     if shape != (1, 28, 28) or example.outputs != 10:
         found = f"{'×'.join(map(str, shape))} with {example.outputs}"
         raise ProblemError(f"model 'simple_cnn' takes 1×28×28 inputs with 10 outputs, the data has {found}")
@@ -46,13 +47,13 @@ def mlp(example: Samples, *, hidden: tuple[Positive, ...] = (128, 128)) -> nn.Mo
     Options:
         hidden: Widths of the hidden layers.
     """
-    return _layers(_tensor("mlp", example), hidden, example.outputs)
+    return _layers(floats("mlp", example), hidden, example.outputs)
 
 
 @register_model("logistic")
 def logistic(example: Samples) -> nn.Module:
     """Logistic regression: one linear layer and log-softmax; any input shape."""
-    return _layers(_tensor("logistic", example), (), example.outputs)
+    return _layers(floats("logistic", example), (), example.outputs)
 
 
 def _layers(example: Tensor, hidden: tuple[int, ...], outputs: int) -> nn.Module:
@@ -68,7 +69,7 @@ def group_norm_cnn(example: Samples, *, width: Positive = 16) -> nn.Module:
     Options:
         width: Channels of the first convolution, a multiple of 4; the second has twice as many.
     """
-    channels = _tensor("group_norm_cnn", example).shape[1]
+    channels = floats("group_norm_cnn", example).shape[1]
     return nn.Sequential(
         nn.Conv2d(channels, width, 3, padding=1),
         nn.GroupNorm(4, width),
@@ -133,15 +134,5 @@ def transformer(
         heads: Attention heads.
         depth: Blocks.
     """
-    found = example.inputs
-    if not isinstance(found, Tensor) or found.is_floating_point() or found.dim() != 2:
-        raise ProblemError("model 'transformer' takes token sequences, such as data 'tokens'")
-    if int(found.max()) >= vocabulary:
-        raise ProblemError(f"model 'transformer' has vocabulary={vocabulary}, the data has token {int(found.max())}")
-    return Transformer(vocabulary, found.shape[1], example.outputs, width, heads, depth)
-
-
-def _tensor(model: str, example: Samples) -> Tensor:
-    if not isinstance(example.inputs, Tensor) or not example.inputs.is_floating_point():
-        raise ProblemError(f"model '{model}' takes one floating-point tensor as input, the data has another form")
-    return example.inputs
+    length = tokens("transformer", example, vocabulary).shape[1]
+    return Transformer(vocabulary, length, example.outputs, width, heads, depth)

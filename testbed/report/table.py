@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from testbed.experiment import Published
 from testbed.records import Record
 from testbed.report import summary, units
 from testbed.report.notes import ill_conditioned, notes
+from testbed.report.published import comparisons, heading
 from testbed.report.titles import Titles, titles
 
 ALIGN_LEFT = ("backend", "status", "way", "quantity", "N", "cheapest", "next")  # columns that are words
@@ -45,10 +47,12 @@ class Report:
 
     Attributes:
         records: The records, in the order their cells ended.
+        published: What publications say of such cells.
+        size: The size of the experiment that was run, where it has several.
     """
 
-    def __init__(self, records: Iterable[Record]) -> None:
-        self.records = list(records)
+    def __init__(self, records: Iterable[Record], published: Sequence[Published] = (), size: str | None = None) -> None:
+        self.records, self.published, self.size = list(records), published, size
 
     def tables(self) -> list[Table]:
         """Return a table for each problem and quantity, those of a problem next to each other."""
@@ -106,6 +110,9 @@ class Report:
                 console.print(_grid(table, console.width), "")
             signs = dict.fromkeys(note for table in found for note in table.notes if note != summary.EXPLANATION)
             _print_notes(console, list(signs))
+        if self.published:
+            console.print(Text(heading(self.size), style="bold"))
+            _print_notes(console, list(comparisons(self.published, self.records)))
 
     def _repr_html_(self) -> str:
         """Return the tables as HTML, as notebooks show them."""
