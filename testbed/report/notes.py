@@ -7,6 +7,9 @@ from testbed.records import Record
 from testbed.report import units
 from testbed.report.prices import prices, sentence
 
+WHY = {"rounds": "all asked for", "precision": "the ratios are narrow enough", "max_s": "time was up"}
+"""Why there were no more rounds."""
+
 LAUNCH_BOUND = 0.9  # of the time spent in launching: the device waits for the host
 
 
@@ -111,11 +114,16 @@ def _launch_bound(records: Sequence[Record]) -> list[str]:
     return [f"Launch-bound (the GPU waits for the host): {', '.join(bound)}."] if bound else []
 
 
+def _disturbed(records: Sequence[Record]) -> list[str]:
+    """Say what else went on while the rounds ran; the cells of a quantity share their rounds."""
+    return list(dict.fromkeys(d for r in records for d in r.environment.get("disturbances", ())))
+
+
 def _noise(records: Sequence[Record]) -> str:
     timed = next((r for r in records if r.timing.get("floor") is not None), None)
     if timed is None:
         return ""
-    why = "all asked for" if timed.timing.get("stopped_by") == "rounds" else "time was up"
+    why = WHY.get(timed.timing.get("stopped_by", ""), "time was up")
     base = timed.timing.get("baseline", "The baseline")
     return (
         f"{timed.timing.get('rounds', '?')} rounds ({why}). {base} against itself was off by up to "
