@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backends.ops.persample import Dense, Outer, PerSample
-from backends.ops.taps import Pieces, rule
+from backends.ops.rules import Pieces, rule
 
 _WEIGHT_GRADIENT = (torch.nn.grad.conv1d_weight, torch.nn.grad.conv2d_weight, torch.nn.grad.conv3d_weight)
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backends.ops.persample import Dense, Outer, PerSample, squares_of
-from backends.ops.taps import Pieces, rule
+from backends.ops.rules import Pieces, rule
 
 
 def vectors(x: Tensor) -> Tensor:

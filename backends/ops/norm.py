@@ -7,7 +7,7 @@ from torch import Tensor
 
 from backends.ops.conv import summed
 from backends.ops.persample import Dense
-from backends.ops.taps import Pieces, rule
+from backends.ops.rules import Pieces, rule
 
 
 def _last_axes(g: Tensor, normalised: Tensor, axes: int) -> Pieces:
@@ -55,3 +55,38 @@ def group_norm(
     """Mean 0 and variance 1 over groups of channels."""
     normalised = F.group_norm(input.flatten(0, 1), num_groups, eps=eps)
     return _channels(g, normalised.view_as(g))
+
+
+@rule(F.instance_norm)
+def instance_norm(
+    g: Tensor,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Pieces:
+    """Mean 0 and variance 1 over each image of each channel; or by running statistics."""
+    images = input.flatten(0, 1)
+    if use_input_stats:
+        return _channels(g, F.instance_norm(images, eps=eps).view_as(g))
+    return _channels(g, F.batch_norm(images, running_mean, running_var, eps=eps).view_as(g))
+
+
+@rule(F.batch_norm, covers=lambda arguments: not arguments["training"])
+def batch_norm(
+    g: Tensor,
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Pieces:
+    """Normalisation by running statistics; by those of the batch no sample has a gradient of its own."""
+    return _channels(g, F.batch_norm(input.flatten(0, 1), running_mean, running_var, eps=eps).view_as(g))
