@@ -10,10 +10,10 @@ What it cannot do is what `torch.func.vmap` cannot, but for recurrent layers: da
 samples that update buffers in place, checkpoints. Random ops draw for each sample, as they do in a batch.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import TypeAlias, TypeVar
+from functools import partial, reduce
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +86,7 @@ class Bookkeeping(Backend):
 
     def gram(self, model: nn.Module, loss_fn: LossFn) -> TensorFn:
         """Build ⟨g_i, g_j⟩, the sum over parameters."""
-        return _contracting(model, loss_fn, lambda found: torch.stack([g.gram() for g in found.values()]).sum(0))
+        return _contracting(model, loss_fn, lambda found: _total(g.gram() for g in found.values()))
 
 
 def _contracting(
@@ -101,12 +101,17 @@ def _contracting(
         with library_call(original, model, loss_fn, inputs, targets):
             found = passes(inputs, targets)
         with torch.no_grad():
-            result = contract(found)
-        if isinstance(result, Tensor):
-            return result.to(next(iter(dtypes.values())))
-        return {name: t.to(dtypes[name]) for name, t in result.items()}
+            result: R = _cast(contract(found), dtypes)
+        return result
 
     return fn
+
+
+def _cast(result: Any, dtypes: Mapping[str, torch.dtype]) -> Any:  # noqa: ANN401  what `contract` returns
+    """Return a result in the parameters' dtypes: under autocast, pairs are not."""
+    if isinstance(result, Tensor):
+        return result.to(next(iter(dtypes.values())))
+    return {name: t.to(dtypes[name]) for name, t in result.items()}
 
 
 def _each(found: PerParameter, contract: Callable[[str, PerSample], Tensor]) -> Named:
@@ -115,4 +120,8 @@ def _each(found: PerParameter, contract: Callable[[str, PerSample], Tensor]) -> 
 
 
 def _norms(found: Mapping[str, PerSample]) -> Tensor:
-    return torch.stack([g.squares() for g in found.values()]).sum(0).sqrt()
+    return _total(g.squares() for g in found.values()).sqrt()
+
+
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.add, parts)

@@ -1,25 +1,31 @@
 """Rules for convolutions of one to three dimensions and their transposes, by one bilinear form."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from math import prod
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backends.ops.persample import Dense, Outer, PerSample
+from backends.ops.persample import Dense, Outer, PerSample, at_a_time, capturing, outer
 from backends.ops.rules import Pieces, rule
 
-_WEIGHT_GRADIENT = (torch.nn.grad.conv1d_weight, torch.nn.grad.conv2d_weight, torch.nn.grad.conv3d_weight)
+Way: TypeAlias = Callable[["Correlation"], Tensor]
+"""A way to the per-sample gradients [N, P, C / groups, *kernel]."""
+
+CHOSEN: dict[tuple[object, ...], str] = {}
+"""The name of the way that was fastest when convolutions of a geometry were first met on a device."""
 
 
 @dataclass
 class Correlation(PerSample):
     """Gradients by w of ⟨y, conv(x, w)⟩: of a convolution for x = a, y = g, of a transposed one for x = g, y = a.
 
-    A sample's gradient is the weight gradient of a convolution with as many groups: N samples are N times the groups
-    of one. The weighted sum over samples is the ordinary weight gradient.
+    The weighted sum over samples is the ordinary weight gradient. For gradients of each sample there are two ways,
+    of which the faster is chosen by measuring both once.
 
     Attributes:
         x: [N, B, C, *size], B images a sample.
@@ -43,10 +49,11 @@ class Correlation(PerSample):
         self.samples, self.like = len(self.y), self.y
 
     def rows(self, some: slice) -> Tensor:  # noqa: D102
-        x, y = self.x[some], self.y[some]
-        n, (p, *others) = len(x), self.shape
-        side_by_side = (t.transpose(0, 1).flatten(1, 2) for t in (x, y))  # [B, N·channels, *size]
-        return self._gradient(*side_by_side, (n * p, *others), n * self.groups).unflatten(0, (n, p))
+        part = replace(self, x=self.x[some], y=self.y[some])
+        if self.groups > 1 or capturing(self.like):
+            return grouped(part)
+        geometry = (self.x.shape[1:], *(v for k, v in vars(self).items() if k not in ("x", "y", "like", "samples")))
+        return fastest((grouped, by_patches), part, (*geometry, self.like.dtype, self.like.device))
 
     def compact(self) -> PerSample:  # noqa: D102
         held = (self.x.numel() + self.y.numel()) * self.like.element_size()
@@ -56,27 +63,67 @@ class Correlation(PerSample):
         """Return ‖g_i‖² [N]; where images are small, as of a matrix that each patch went through."""
         positions = self.y.shape[1] * prod(self.y.shape[3:])
         if self.groups == 1 and 2 * positions < self.shape[0]:
-            return self._patches().squares()
+            return self.patches().squares()
         return super().squares()
 
     def weighted(self, factors: Tensor) -> Tensor:  # noqa: D102
         y = self.y * factors.to(self.y.dtype).view(-1, *[1] * (self.y.dim() - 1))
-        return self._gradient(self.x.flatten(0, 1), y.flatten(0, 1), self.shape, self.groups)
+        return self.gradient(self.x.flatten(0, 1), y.flatten(0, 1), self.shape, self.groups)
 
-    def _gradient(self, x: Tensor, y: Tensor, shape: tuple[int, ...], groups: int) -> Tensor:
-        function = _WEIGHT_GRADIENT[len(shape) - 3]
-        return function(x, shape, y, self.stride, self.padding, self.dilation, groups)
+    def gradient(self, x: Tensor, y: Tensor, shape: tuple[int, ...], groups: int) -> Tensor:
+        """Return the weight gradient of an ordinary convolution, by torch."""
+        like, none = y.new_empty(shape), [0] * len(self.stride)  # of the weight only the shape is looked at
+        options = (self.stride, self.padding, self.dilation, False, none, groups, (False, True, False))
+        gradient: Tensor = torch.ops.aten.convolution_backward(y, x, like, None, *options)[1]
+        return gradient
 
-    def _patches(self) -> Outer:
-        """Return the same as gradients of a matrix [P, C·kernel]; one group only."""
-        n, images, p, *size = self.y.shape
+    def patches(self) -> Outer:
+        """Return the same as gradients of a matrix [P, C·kernel] that each patch of x went through; one group only."""
+        n, b, p, *size = self.y.shape
         x = F.pad(self.x.flatten(0, 1), [side for pad in reversed(self.padding) for side in (pad, pad)])
-        batch, channel, *strides = x.stride()
-        kernel = [s * d for s, d in zip(strides, self.dilation, strict=True)]
-        steps = [s * d for s, d in zip(strides, self.stride, strict=True)]
-        shape = (n * images, *size, x.shape[1], *self.shape[2:])
-        patches = x.as_strided(shape, (batch, *steps, channel, *kernel)).reshape(n, images * prod(size), -1)
-        return Outer(self.y.movedim(2, -1).reshape(n, -1, p), patches)
+        image, channel, *pixel = x.stride()
+        along = [s * d for s, d in zip(pixel, self.dilation, strict=True)]
+        across = [s * d for s, d in zip(pixel, self.stride, strict=True)]
+        shape = (n, b, x.shape[1], *self.shape[2:], *size)
+        patches = x.as_strided(shape, (b * image, image, channel, *along, *across), x.storage_offset())
+        d = prod(self.shape[1:])
+        left = self.y.movedim(1, 2).reshape(n, p, -1)
+        return Outer(left.mT, patches.movedim(1, len(size) + 2).reshape(n, d, -1).mT)
+
+
+def grouped(of: Correlation) -> Tensor:
+    """A sample's gradient is that of one more group: N samples are a convolution of N·groups groups."""
+    n, (p, *others) = of.samples, of.shape
+    x, y = (t.transpose(0, 1).flatten(1, 2) for t in (of.x, of.y))  # [B, N·channels, *size]
+    return of.gradient(x, y, (n * p, *others), n * of.groups).view(n, p, *others)
+
+
+def by_patches(of: Correlation) -> Tensor:
+    """Products of matrices of patches, for as many samples at a time as stay in cache."""
+    patches = prod(of.y.shape[3:]) * of.y.shape[1] * prod(of.shape[1:])  # numbers a sample
+    out = of.y.new_empty(of.samples, of.shape[0], prod(of.shape[1:]))
+    for some in at_a_time(of.samples, patches * of.like.element_size(), of.like):
+        pair = replace(of, x=of.x[some], y=of.y[some]).patches()
+        outer(pair.left, pair.right, out=out[some])
+    return out.view(-1, *of.shape)
+
+
+def fastest(ways: Sequence[Way], of: Correlation, geometry: tuple[object, ...]) -> Tensor:
+    """Return the gradients by the way that is fastest for the geometry; when it is new, all are tried, twice."""
+    if geometry not in CHOSEN:
+        seconds = {way.__name__: min(_timed(way, of) for _ in range(2)) for way in ways}
+        CHOSEN[geometry] = min(seconds, key=lambda name: seconds[name])
+    return next(way for way in ways if way.__name__ == CHOSEN[geometry])(of)
+
+
+def _timed(way: Way, of: Correlation) -> float:
+    """Return how many seconds a way takes."""
+    wait = torch.cuda.synchronize if of.like.is_cuda else lambda: None
+    wait()
+    start = time.perf_counter()
+    way(of)
+    wait()
+    return time.perf_counter() - start
 
 
 def images(x: Tensor, dimensions: int) -> Tensor:

@@ -61,4 +61,5 @@ def register_hook(x: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Removab
     found = _below(x)
     for axis in found.axes:
         lifted = vmap(lifted, axis, axis, randomness="different")
-    return found.tensor.register_hook(lifted)
+    handle: RemovableHandle = found.tensor.register_hook(lifted)
+    return handle

@@ -23,22 +23,20 @@ def _is_matrix(arguments: Mapping[str, Any]) -> bool:
 
 @rule(F.linear, covers=_is_matrix)
 def linear(g: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Pieces:
-    """y = x Wᵀ + b."""
+    """For y = x Wᵀ + b."""
     g = vectors(g)
     return {"weight": Outer(g, vectors(input)), "bias": Dense(g.sum(1))}
 
 
 @rule(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__, covers=_is_matrix)
 def matmul(g: Tensor, input: Tensor, weight: Tensor) -> Pieces:
-    """y = x W."""
+    """For y = x W."""
     return {"weight": Outer(vectors(input), vectors(g))}
 
 
 @rule(torch.addmm, covers=lambda a: a["bias"].dim() == 1 and _is_matrix(a) and a["alpha"] == a["beta"] == 1)
-def addmm(
-    g: Tensor, bias: Tensor, input: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1
-) -> Pieces:
-    """y = b + x W."""
+def addmm(g: Tensor, bias: Tensor, input: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Pieces:
+    """For y = b + x W."""
     return {"weight": Outer(vectors(input), vectors(g)), "bias": Dense(vectors(g).sum(1))}
 
 
@@ -63,7 +61,8 @@ class Scattered(PerSample):
     def rows(self, some: slice) -> Tensor:  # noqa: D102
         index, values = self.index[some], self.values[some]
         first = self.height * torch.arange(len(index), device=index.device)[:, None]
-        return self._added(index + first, values, len(index) * self.height).unflatten(0, (len(index), self.height))
+        tables: Tensor = self._added(index + first, values, len(index) * self.height)
+        return tables.view(len(index), *self.shape)
 
     def squares(self) -> Tensor:
         """Return ‖g_i‖² [N]: the gradients of a row that was taken more than once are added first."""
@@ -83,7 +82,7 @@ class Scattered(PerSample):
         return Scattered(place, self.values, len(used)).gram()
 
     def _added(self, index: Tensor, values: Tensor, height: int) -> Tensor:
-        table = values.new_zeros(height, values.shape[2])
+        table: Tensor = values.new_zeros(height, values.shape[2])
         return table.index_add_(0, index.flatten(), values.flatten(0, 1))
 
 
@@ -98,7 +97,7 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Pieces:
-    """y_t = W[x_t]; the row `padding_idx` gets no gradient."""
+    """For y_t = W[x_t]; the row `padding_idx` gets no gradient."""
     index, g = input.reshape(len(input), -1), vectors(g)
     if padding_idx is not None:
         g = g * (index != padding_idx % len(weight))[:, :, None]

@@ -1,6 +1,7 @@
 """Memory for large results. On a CPU most of the time of writing into fresh memory goes into its pages, one by one."""
 
 import mmap
+from contextlib import suppress
 from math import prod
 
 import torch
@@ -15,8 +16,6 @@ def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
     if like.device.type != "cpu" or size < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return like.new_empty(shape)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
+    with suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:
-        pass  # a kernel without huge pages
     return torch.frombuffer(memory, dtype=like.dtype).view(shape)  # the tensor keeps the memory

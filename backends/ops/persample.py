@@ -83,9 +83,7 @@ class PerSample(ABC):
 
     def parts(self) -> Iterator[slice]:
         """Yield slices of as many samples as are made at a time."""
-        limit = AT_A_TIME.get(self.like.device.type, AT_A_TIME_ELSEWHERE)
-        most = max(1, limit // max(1, self.bytes() // self.samples))
-        return (slice(start, min(start + most, self.samples)) for start in range(0, self.samples, most))
+        return at_a_time(self.samples, self.bytes() // self.samples, self.like)
 
     def bytes(self) -> int:
         """Return how much memory all of g_i take."""
@@ -117,9 +115,10 @@ class Outer(PerSample):
     """Gradients of a matrix [p, d] that T vectors of a sample went through: g_i = Σ_t left_it right_itᵀ.
 
     ‖g_i‖² costs T·p·d by way of g_i, and T²·(p + d) as Σ_ts ⟨left_t, left_s⟩ ⟨right_t, right_s⟩, the Gram form. That
-    sum cancels where the vectors do (activations with a large mean, gradients with none), so it is taken in the next
-    wider dtype and its rounding is bounded: |error| ≤ 4 T u (Σ_t ‖left_t‖ ‖right_t‖)², u the wider dtype's roundoff.
+    sum cancels where the vectors do (activations with a large mean, gradients with none), so it is taken in a wider
+    dtype and its rounding is bounded: |error| ≤ (p + d + T²) u (Σ_t ‖left_t‖ ‖right_t‖)², u the wider dtype's roundoff.
     Samples where that is more than the roundoff of the result, negative sums among them, are taken by way of g_i.
+    float64 has no wider dtype: there all are.
 
     Attributes:
         left: [N, T, p].
@@ -147,8 +146,9 @@ class Outer(PerSample):
         positions, (p, d) = self.left.shape[1], self.shape
         if positions == 1:
             return squares_of(self.left) * squares_of(self.right)
-        if 2 * positions * (p + d) < p * d and not _capturing(self.like):  # twice, since wider products cost twice
-            return self._squares_by_gram()
+        cheaper = 2 * positions * (p + d) < p * d  # twice, since wider products cost twice
+        if cheaper and self.like.dtype in WIDER and not capturing(self.like):
+            return self._squares_by_gram(WIDER[self.like.dtype])
         return super().squares()
 
     def weighted(self, factors: Tensor) -> Tensor:  # noqa: D102
@@ -161,28 +161,22 @@ class Outer(PerSample):
         left, right = self.left[:, 0], self.right[:, 0]
         return (left @ left.mT) * (right @ right.mT)
 
-    def _squares_by_gram(self) -> Tensor:
-        wider, result = WIDER.get(self.like.dtype, torch.float64), wide(self.like.dtype)
-        found = []
-        for some in self._gram_parts(wider):
+    def _squares_by_gram(self, wider: torch.dtype) -> Tensor:
+        (positions, p), d = self.left.shape[1:], self.right.shape[2]
+        roundoff, found = torch.finfo(wider).eps / 2, []
+        for some in at_a_time(self.samples, 2 * positions**2 * wider.itemsize, self.like):
             left, right = self.left[some].to(wider), self.right[some].to(wider)
             squares = ((left @ left.mT) * (right @ right.mT)).sum((1, 2))
             most = (left.norm(dim=2) * right.norm(dim=2)).sum(1).square()
-            error = 4 * left.shape[1] * torch.finfo(wider).eps * most
-            doubtful = ~(error <= torch.finfo(self.like.dtype).eps * squares)  # NaN is in doubt too
+            error = (p + d + positions**2) * roundoff * most
+            doubtful = ~(error <= torch.finfo(self.like.dtype).eps / 2 * squares)  # NaN is in doubt too
             if doubtful.any():
-                squares[doubtful] = squares_of(outer(left[doubtful], right[doubtful])).to(wider)
-            found.append(squares.to(result))
+                squares[doubtful] = squares_of(outer(left[doubtful], right[doubtful]))
+            found.append(squares.to(wide(self.like.dtype)))
         return torch.cat(found)
 
-    def _gram_parts(self, dtype: torch.dtype) -> Iterator[slice]:
-        positions = self.left.shape[1]
-        limit = AT_A_TIME.get(self.like.device.type, AT_A_TIME_ELSEWHERE)
-        most = max(1, limit // (2 * positions**2 * dtype.itemsize))
-        return (slice(start, start + most) for start in range(0, self.samples, most))
 
-
-WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
+WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
 
 
 @dataclass
@@ -211,8 +205,9 @@ def added(terms: list[PerSample], samples: int, like: Tensor) -> PerSample:
     """Return the gradients of a parameter `like` that has several uses; matrices' vectors are put side by side."""
     if len(terms) == 1:
         return terms[0]
-    if terms and all(isinstance(term, Outer) for term in terms):
-        return Outer(*(torch.cat(sides, 1) for sides in zip(*((t.left, t.right) for t in terms), strict=True)))
+    pairs = [term for term in terms if isinstance(term, Outer)]
+    if pairs and len(pairs) == len(terms):
+        return Outer(torch.cat([t.left for t in pairs], 1), torch.cat([t.right for t in pairs], 1))
     return Sum(terms, samples, tuple(like.shape), like)
 
 
@@ -228,7 +223,8 @@ def flat(rows: Tensor) -> Tensor:
 
 def squares_of(rows: Tensor) -> Tensor:
     """Return ‖row‖² [n] of gradients that are there."""
-    return torch.linalg.vector_norm(flat(rows), dim=1, dtype=wide(rows.dtype)).square()
+    norms: Tensor = torch.linalg.vector_norm(flat(rows), dim=1, dtype=wide(rows.dtype))
+    return norms.square()
 
 
 def weighted_sum(factors: Tensor, rows: Tensor) -> Tensor:
@@ -238,11 +234,15 @@ def weighted_sum(factors: Tensor, rows: Tensor) -> Tensor:
 
 def outer(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """Return Σ_t left_it right_itᵀ [N, p, d] of [N, T, p] and [N, T, d]."""
-    if left.shape[1] == 1:
-        return torch.mul(left.mT, right, out=out)
     return torch.bmm(left.mT, right, out=out)
 
 
-def _capturing(like: Tensor) -> bool:
+def at_a_time(samples: int, each: int, like: Tensor) -> Iterator[slice]:
+    """Yield slices of as many samples as take some megabytes, at `each` bytes a sample, on the device of `like`."""
+    most = max(1, AT_A_TIME.get(like.device.type, AT_A_TIME_ELSEWHERE) // max(1, each))
+    return (slice(start, min(start + most, samples)) for start in range(0, samples, most))
+
+
+def capturing(like: Tensor) -> bool:
     """Return whether a CUDA graph is being captured, which must not wait for a value."""
     return like.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -1,15 +1,15 @@
-"""Recurrent layers in terms of linear ones: vmap has no rule for torch's, and its kernels keep their inputs to themselves.
+"""Recurrent layers in terms of linear ones: vmap has no rule for torch's, and their kernels show no pairs.
 
 The formulas are those of the documentation of `torch.nn.RNN`, `LSTM` and `GRU`. Inputs of all positions go through one
 product; each position adds one by the hidden state.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, _VF
+from torch import _VF, Tensor
 
 from backends.ops.rules import rewrite
 

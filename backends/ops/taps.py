@@ -11,7 +11,6 @@ The backward pass is ordinary autograd over the batch, since vmap is over by the
 """
 
 import inspect
-from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,8 +26,11 @@ from backends.ops.persample import Dense, PerSample, added
 from backends.ops.rules import REWRITES, ROLES, RULES, Op, Rule
 
 
-class _NestedTransform(Exception):
-    """The model itself differentiates through an op (`torch.func.grad`), where a tap is not enough."""
+class _Uncovered(Exception):
+    """A rule does not hold, which shows only when its op has run.
+
+    The model itself differentiates through the op (`torch.func.grad`), or has statistics of each sample's own.
+    """
 
 
 @dataclass(eq=False)
@@ -56,7 +58,7 @@ class _Site:
     def returned(self, g: Tensor) -> None:
         """Take the gradient of what came out, and make of the pair what it is kept as."""
         if not self.recorder.forward_is_over:
-            raise _NestedTransform
+            raise _Uncovered
         if self._versions() != self.versions:
             raise RuntimeError("what went into an op has been modified by an inplace operation")
         self.arguments["input"] = self.arguments["input"].to(self.dtype)
@@ -72,11 +74,12 @@ class _Site:
 class Tap(torch.autograd.Function):
     """The identity on an op's output, which tells its site what went in and, backwards, the output's gradient.
 
-    `token` [N] makes the output differentiable, and a batch, where neither the input nor the weight would.
+    `token` [N] makes the output differentiable, and a batch, where neither the input nor the weight would. The other
+    tensors that the rule reads must be the same for all samples.
     """
 
     @staticmethod
-    def forward(y: Tensor, token: Tensor, x: Tensor, site: _Site) -> Tensor:  # noqa: D102
+    def forward(y: Tensor, token: Tensor, x: Tensor, site: _Site, *others: Tensor) -> Tensor:  # noqa: D102
         site.entered(x, y.dtype)
         unviewed: Tensor = torch.ops.aten._unsafe_view(y, y.shape)  # for the model may go on in place, not on a view
         return unviewed
@@ -86,21 +89,31 @@ class Tap(torch.autograd.Function):
         ctx.site = inputs[3]
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401, D102
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401, D102
         ctx.site.returned(g)
-        return g, None, None, None
+        return g, *[None] * (len(ctx.needs_input_grad) - 1)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:  # noqa: ANN401, D102
-        raise _NestedTransform
+        raise _Uncovered
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, y: Tensor, token: Tensor, x: Tensor, site: _Site) -> tuple[Tensor, int]:  # noqa: ANN401, D102
+    def vmap(  # noqa: D102
+        info: Any,  # noqa: ANN401
+        in_dims: Any,  # noqa: ANN401
+        y: Tensor,
+        token: Tensor,
+        x: Tensor,
+        site: _Site,
+        *others: Tensor,
+    ) -> tuple[Tensor, int]:
+        if any(axis is not None for axis in in_dims[4:]):
+            raise _Uncovered
         y, x = (
             t.expand(info.batch_size, *t.shape) if axis is None else t.movedim(axis, 0)
             for t, axis in ((y, in_dims[0]), (x, in_dims[2]))
         )
-        tapped: Tensor = Tap.apply(y, token, x, site)
+        tapped: Tensor = Tap.apply(y, token, x, site, *others)
         return tapped, 0
 
 
@@ -145,7 +158,8 @@ class _Recorder(TorchFunctionMode):
         x = bound.arguments["input"]
         bound.arguments.update({role: self.values[name] for role, name in names.items()})
         y = func(*bound.args, **bound.kwargs)
-        tapped: Tensor = Tap.apply(y, self.token, x, _Site(self, RULES[func], dict(bound.arguments), names))
+        others = [t for k, t in bound.arguments.items() if isinstance(t, Tensor) and k not in ("input", *ROLES)]
+        tapped: Tensor = Tap.apply(y, self.token, x, _Site(self, RULES[func], dict(bound.arguments), names), *others)
         return tapped
 
 
@@ -171,7 +185,7 @@ class Passes:
         """
         try:
             return self._run(inputs, targets)
-        except _NestedTransform:
+        except _Uncovered:
             self.with_rules = False
             return self._run(inputs, targets)
 
