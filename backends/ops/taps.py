@@ -210,7 +210,7 @@ class Passes:
         recorder.forward_is_over = True
         for name, g in self._backward(losses, token, copies).items():
             recorder.found[name].append(Dense(g))
-        return {name: added(recorder.found[name], n, p) for name, p in self.values.items()}
+        return {name: added(recorder.found.pop(name), n, p) for name, p in self.values.items()}
 
     def _backward(self, losses: Tensor, token: Tensor, copies: Named) -> Named:
         """Run the backward pass, and return the gradients [N, *shape] by the copies that were used outside of rules."""
