@@ -119,6 +119,11 @@ class Backend(ABC):
         a_sample = sum(p.numel() * p.element_size() for p in parameters) or 1
         return max(1, (self.chunk_bytes or derived.default_bytes(parameters, held=held)) // a_sample)
 
+    @property
+    def keeps_results(self) -> bool:
+        """Whether results stay valid after the next call, as they shall; an option may give that up for speed."""
+        return True
+
     @classmethod
     def load(cls) -> None:
         """Import the backend's libraries, so that the time of it is known and its absence is a status.

@@ -48,6 +48,11 @@ class Executed(Backend):
         for fact in ("name", "requires", "reference", "float64", "quantities", "narrow"):
             object.__setattr__(self, fact, getattr(self.inner, fact))
 
+    @property
+    def keeps_results(self) -> bool:
+        """Whether the backend's results stay valid."""
+        return self.inner.keeps_results
+
     def grads(self, model: nn.Module, loss_fn: LossFn) -> GradsFn:
         """Build the backend's `grads`, run as asked for."""
         return self._build("grads", model, loss_fn)

@@ -1,0 +1,132 @@
+"""Book-keeping by op: one forward pass, one backward pass without weight gradients, and contractions of pairs.
+
+Each op that has parameters leaves a pair: its input a, and the gradient g of its output. Per-sample gradients, their
+norms, clipped sums, variances and inner products are contractions of pairs, and most need no per-sample gradient to be
+made (norms: Goodfellow 2015, https://arxiv.org/abs/1510.01799; clipped sums without a second backward pass: Bu et al.
+2022, https://arxiv.org/abs/2210.00038). How pairs are had is in `ops/taps.py`; what is known of an op is its rule, in
+`ops/`. Parameters in ops without a rule are differentiated sample by sample in the same backward pass.
+
+What it cannot do is what `torch.func.vmap` cannot, but for recurrent layers: data-dependent control flow, `.item()`,
+samples that update buffers in place, checkpoints. Random ops draw for each sample, as they do in a batch.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial, reduce
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+import backends.ops  # noqa: F401  registers the rules
+from backends.base import (
+    Backend,
+    GradsFn,
+    LossFn,
+    Named,
+    Positive,
+    TensorFn,
+    clip_factors,
+    own_copy,
+    register,
+    trainable,
+)
+from backends.batch import Batch
+from backends.ops.pages import empty
+from backends.ops.persample import PerSample
+from backends.ops.taps import Passes
+from backends.running import library_call
+
+PerParameter: TypeAlias = dict[str, PerSample]
+R = TypeVar("R", Tensor, Named)
+
+
+@register("bookkeeping")
+@dataclass(frozen=True)
+class Bookkeeping(Backend):
+    """One backward pass of output gradients; each quantity is a contraction of pairs (input, output gradient).
+
+    Options:
+        reuse_buffers: `grads` writes large results where those of its call before are: they are valid until then.
+    """
+
+    reuse_buffers: bool = False
+
+    @property
+    def keeps_results(self) -> bool:
+        """Whether results stay valid after the next call."""
+        return not self.reuse_buffers
+
+    def grads(self, model: nn.Module, loss_fn: LossFn) -> GradsFn:
+        """Build the passes that make every g_i; see the contract."""
+        kept: Named = {}
+
+        def memory(name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+            if not self.reuse_buffers:
+                return empty(shape, like)
+            if name not in kept or (kept[name].shape, kept[name].dtype) != (shape, like.dtype):
+                kept[name] = empty(shape, like)
+            return kept[name]
+
+        return _contracting(
+            model, loss_fn, lambda found: _each(found, lambda name, g: g.grads(partial(memory, name)).contiguous())
+        )
+
+    def norms(self, model: nn.Module, loss_fn: LossFn) -> TensorFn:
+        """Build ‖g_i‖ from pairs."""
+        return _contracting(model, loss_fn, _norms)
+
+    def clipped_sum(self, model: nn.Module, loss_fn: LossFn, *, max_norm: Positive = 1.0) -> GradsFn:
+        """Build Σ_i min(1, C/‖g_i‖) g_i from the same pairs as the norms."""
+
+        def contract(found: PerParameter) -> Named:
+            factors = clip_factors(_norms(found), max_norm)
+            return _each(found, lambda name, g: g.weighted(factors))
+
+        return _contracting(model, loss_fn, contract)
+
+    def variance(self, model: nn.Module, loss_fn: LossFn) -> GradsFn:
+        """Build 1/N Σ (g_i − ḡ)², some samples at a time."""
+        return _contracting(model, loss_fn, lambda found: _each(found, lambda name, g: g.variance()))
+
+    def gram(self, model: nn.Module, loss_fn: LossFn) -> TensorFn:
+        """Build ⟨g_i, g_j⟩, the sum over parameters."""
+        return _contracting(model, loss_fn, lambda found: _total(g.gram() for g in found.values()))
+
+
+def _contracting(
+    model: nn.Module, loss_fn: LossFn, contract: Callable[[PerParameter], R]
+) -> Callable[[Batch, Tensor], R]:
+    """Return the function of (inputs, targets) that contracts what both passes leave, in the parameters' dtypes."""
+    original, model = model, own_copy(model)
+    passes = Passes(model, loss_fn)
+    dtypes = {name: p.dtype for name, p in trainable(model).items()}
+
+    def fn(inputs: Batch, targets: Tensor) -> R:
+        with library_call(original, model, loss_fn, inputs, targets):
+            found = passes(inputs, targets)
+        with torch.no_grad():
+            result: R = _cast(contract(found), dtypes)
+        return result
+
+    return fn
+
+
+def _cast(result: Any, dtypes: Mapping[str, torch.dtype]) -> Any:  # noqa: ANN401  what `contract` returns
+    """Return a result in the parameters' dtypes: under autocast, pairs are not."""
+    if isinstance(result, Tensor):
+        return result.to(next(iter(dtypes.values())))
+    return {name: t.to(dtypes[name]) for name, t in result.items()}
+
+
+def _each(found: PerParameter, contract: Callable[[str, PerSample], Tensor]) -> Named:
+    """Return a result for each parameter; what it is made of is freed as soon as it is there."""
+    return {name: contract(name, found.pop(name)) for name in list(found)}
+
+
+def _norms(found: Mapping[str, PerSample]) -> Tensor:
+    return _total(g.squares() for g in found.values()).sqrt()
+
+
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.add, parts)

@@ -1,0 +1,185 @@
+"""Rules for convolutions of one to three dimensions and their transposes, by one bilinear form."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backends.ops.persample import Dense, Outer, PerSample, at_a_time, capturing, outer
+from backends.ops.rules import Pieces, rule
+
+Way: TypeAlias = Callable[["Correlation"], Tensor]
+"""A way to the per-sample gradients [N, P, C / groups, *kernel]."""
+
+CHOSEN: dict[tuple[object, ...], str] = {}
+"""The name of the way that was fastest when convolutions of a geometry were first met on a device."""
+
+
+@dataclass
+class Correlation(PerSample):
+    """Gradients by w of ⟨y, conv(x, w)⟩: of a convolution for x = a, y = g, of a transposed one for x = g, y = a.
+
+    The weighted sum over samples is the ordinary weight gradient. For gradients of each sample there are two ways,
+    of which the faster is chosen by measuring both once.
+
+    Attributes:
+        x: [N, B, C, *size], B images a sample.
+        y: [N, B, P, *size].
+        shape: Of w, [P, C / groups, *kernel].
+        stride: In each dimension.
+        padding: In each dimension.
+        dilation: In each dimension.
+        groups: Groups of channels.
+    """
+
+    x: Tensor
+    y: Tensor
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def __post_init__(self) -> None:
+        self.samples, self.like = len(self.y), self.y
+
+    def rows(self, some: slice) -> Tensor:  # noqa: D102
+        part = replace(self, x=self.x[some], y=self.y[some])
+        if self.groups > 1 or capturing(self.like):
+            return grouped(part)
+        geometry = (self.x.shape[1:], *(v for k, v in vars(self).items() if k not in ("x", "y", "like", "samples")))
+        return fastest((grouped, by_patches), part, (*geometry, self.like.dtype, self.like.device))
+
+    def compact(self) -> PerSample:  # noqa: D102
+        held = (self.x.numel() + self.y.numel()) * self.like.element_size()
+        return self if held <= self.bytes() else Dense(self.rows(slice(None)))
+
+    def squares(self) -> Tensor:
+        """Return ‖g_i‖² [N]; where images are small, as of a matrix that each patch went through."""
+        positions = self.y.shape[1] * prod(self.y.shape[3:])
+        if self.groups == 1 and 2 * positions < self.shape[0]:
+            return self.patches().squares()
+        return super().squares()
+
+    def weighted(self, factors: Tensor) -> Tensor:  # noqa: D102
+        y = self.y * factors.to(self.y.dtype).view(-1, *[1] * (self.y.dim() - 1))
+        return self.gradient(self.x.flatten(0, 1), y.flatten(0, 1), self.shape, self.groups)
+
+    def gradient(self, x: Tensor, y: Tensor, shape: tuple[int, ...], groups: int) -> Tensor:
+        """Return the weight gradient of an ordinary convolution, by torch."""
+        like, none = y.new_empty(shape), [0] * len(self.stride)  # of the weight only the shape is looked at
+        options = (self.stride, self.padding, self.dilation, False, none, groups, (False, True, False))
+        gradient: Tensor = torch.ops.aten.convolution_backward(y, x, like, None, *options)[1]
+        return gradient
+
+    def patches(self) -> Outer:
+        """Return the same as gradients of a matrix [P, C·kernel] that each patch of x went through; one group only."""
+        n, b, p, *size = self.y.shape
+        x = F.pad(self.x.flatten(0, 1), [side for pad in reversed(self.padding) for side in (pad, pad)])
+        image, channel, *pixel = x.stride()
+        along = [s * d for s, d in zip(pixel, self.dilation, strict=True)]
+        across = [s * d for s, d in zip(pixel, self.stride, strict=True)]
+        shape = (n, b, x.shape[1], *self.shape[2:], *size)
+        patches = x.as_strided(shape, (b * image, image, channel, *along, *across), x.storage_offset())
+        d = prod(self.shape[1:])
+        left = self.y.movedim(1, 2).reshape(n, p, -1)
+        return Outer(left.mT, patches.movedim(1, len(size) + 2).reshape(n, d, -1).mT)
+
+
+def grouped(of: Correlation) -> Tensor:
+    """A sample's gradient is that of one more group: N samples are a convolution of N·groups groups."""
+    n, (p, *others) = of.samples, of.shape
+    x, y = (t.transpose(0, 1).flatten(1, 2) for t in (of.x, of.y))  # [B, N·channels, *size]
+    return of.gradient(x, y, (n * p, *others), n * of.groups).view(n, p, *others)
+
+
+def by_patches(of: Correlation) -> Tensor:
+    """Products of matrices of patches, for as many samples at a time as stay in cache."""
+    patches = prod(of.y.shape[3:]) * of.y.shape[1] * prod(of.shape[1:])  # numbers a sample
+    out = of.y.new_empty(of.samples, of.shape[0], prod(of.shape[1:]))
+    for some in at_a_time(of.samples, patches * of.like.element_size(), of.like):
+        pair = replace(of, x=of.x[some], y=of.y[some]).patches()
+        outer(pair.left, pair.right, out=out[some])
+    return out.view(-1, *of.shape)
+
+
+def fastest(ways: Sequence[Way], of: Correlation, geometry: tuple[object, ...]) -> Tensor:
+    """Return the gradients by the way that is fastest for the geometry; when it is new, all are tried, twice."""
+    if geometry not in CHOSEN:
+        seconds = {way.__name__: min(_timed(way, of) for _ in range(2)) for way in ways}
+        CHOSEN[geometry] = min(seconds, key=lambda name: seconds[name])
+    return next(way for way in ways if way.__name__ == CHOSEN[geometry])(of)
+
+
+def _timed(way: Way, of: Correlation) -> float:
+    """Return how many seconds a way takes."""
+    wait = torch.cuda.synchronize if of.like.is_cuda else lambda: None
+    wait()
+    start = time.perf_counter()
+    way(of)
+    wait()
+    return time.perf_counter() - start
+
+
+def images(x: Tensor, dimensions: int) -> Tensor:
+    """Return [N, ..., C, *size] as [N, B, C, *size]."""
+    return x.reshape(len(x), -1, *x.shape[-dimensions - 1 :])
+
+
+def each(value: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
+    """Return an option as one number a dimension."""
+    numbers = (value,) if isinstance(value, int) else tuple(value)
+    return numbers * dimensions if len(numbers) == 1 else numbers
+
+
+def summed(g: Tensor, dimensions: int) -> Dense:
+    """Return the gradients of a bias [C] that was added to [N, ..., C, *size]."""
+    g = images(g, dimensions)
+    return Dense(g.sum((1, *range(3, g.dim()))))
+
+
+@rule(F.conv1d, F.conv2d, F.conv3d)
+def conv(
+    g: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Pieces:
+    """A convolution; padding="same" pads an odd number with one more zero at the end."""
+    d = weight.dim() - 2
+    dilation = each(dilation, d)
+    if padding == "same":
+        pads = [step * (width - 1) for step, width in zip(dilation, weight.shape[2:], strict=True)]
+        input = F.pad(input, [side for pad in reversed(pads) for side in (0, pad % 2)])
+        padding = tuple(pad // 2 for pad in pads)
+    sizes = (each(stride, d), (0,) * d if isinstance(padding, str) else each(padding, d), dilation)
+    weights = Correlation(images(input, d), images(g, d), tuple(weight.shape), *sizes, groups)
+    return {"weight": weights, "bias": summed(g, d)}
+
+
+@rule(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+def conv_transpose(
+    g: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+) -> Pieces:
+    """The transpose of the convolution with the same options: ⟨g, convᵀ(a, w)⟩ = ⟨a, conv(g, w)⟩."""
+    d = weight.dim() - 2
+    sizes = (each(stride, d), each(padding, d), each(dilation, d))
+    weights = Correlation(images(g, d), images(input, d), tuple(weight.shape), *sizes, groups)
+    return {"weight": weights, "bias": summed(g, d)}

@@ -1,0 +1,104 @@
+"""Rules for matrices: linear layers, products with a parameter, embeddings."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backends.ops.persample import Dense, Outer, PerSample, squares_of
+from backends.ops.rules import Pieces, rule
+
+
+def vectors(x: Tensor) -> Tensor:
+    """Return [N, ..., d] as [N, T, d]."""
+    return x.reshape(len(x), -1, x.shape[-1])
+
+
+def _is_matrix(arguments: Mapping[str, Any]) -> bool:
+    return bool(arguments["weight"].dim() == 2)
+
+
+@rule(F.linear, covers=_is_matrix)
+def linear(g: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Pieces:
+    """For y = x Wᵀ + b."""
+    g = vectors(g)
+    return {"weight": Outer(g, vectors(input)), "bias": Dense(g.sum(1))}
+
+
+@rule(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__, covers=_is_matrix)
+def matmul(g: Tensor, input: Tensor, weight: Tensor) -> Pieces:
+    """For y = x W."""
+    return {"weight": Outer(vectors(input), vectors(g))}
+
+
+@rule(torch.addmm, covers=lambda a: a["bias"].dim() == 1 and _is_matrix(a) and a["alpha"] == a["beta"] == 1)
+def addmm(g: Tensor, bias: Tensor, input: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Pieces:
+    """For y = b + x W."""
+    return {"weight": Outer(vectors(input), vectors(g)), "bias": Dense(vectors(g).sum(1))}
+
+
+@dataclass
+class Scattered(PerSample):
+    """Gradients of a table [V, D] from which T rows of each sample were taken, each with a gradient.
+
+    Attributes:
+        index: Which rows [N, T].
+        values: Their gradients [N, T, D].
+        height: V.
+    """
+
+    index: Tensor
+    values: Tensor
+    height: int
+
+    def __post_init__(self) -> None:
+        self.samples, self.like = len(self.values), self.values
+        self.shape = (self.height, self.values.shape[2])
+
+    def rows(self, some: slice) -> Tensor:  # noqa: D102
+        index, values = self.index[some], self.values[some]
+        first = self.height * torch.arange(len(index), device=index.device)[:, None]
+        tables: Tensor = self._added(index + first, values, len(index) * self.height)
+        return tables.view(len(index), *self.shape)
+
+    def squares(self) -> Tensor:
+        """Return ‖g_i‖² [N]: the gradients of a row that was taken more than once are added first."""
+        sample = torch.arange(self.samples, device=self.index.device)[:, None]
+        used, place = torch.unique(self.index + self.height * sample, return_inverse=True)
+        squares = squares_of(self._added(place, self.values, len(used)))
+        return squares.new_zeros(self.samples).index_add_(0, used // self.height, squares)
+
+    def weighted(self, factors: Tensor) -> Tensor:  # noqa: D102
+        return self._added(self.index, self.values * factors.to(self.values.dtype)[:, None, None], self.height)
+
+    def gram(self) -> Tensor:
+        """Return ⟨g_i, g_j⟩ [N, N], of the rows that any sample took."""
+        used, place = torch.unique(self.index, return_inverse=True)
+        if len(used) == self.height:
+            return super().gram()
+        return Scattered(place, self.values, len(used)).gram()
+
+    def _added(self, index: Tensor, values: Tensor, height: int) -> Tensor:
+        table: Tensor = values.new_zeros(height, values.shape[2])
+        return table.index_add_(0, index.flatten(), values.flatten(0, 1))
+
+
+@rule(F.embedding, covers=lambda a: not (a["max_norm"] or a["scale_grad_by_freq"] or a["sparse"]))
+def embedding(
+    g: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Pieces:
+    """For y_t = W[x_t]; the row `padding_idx` gets no gradient."""
+    index, g = input.reshape(len(input), -1), vectors(g)
+    if padding_idx is not None:
+        g = g * (index != padding_idx % len(weight))[:, :, None]
+    return {"weight": Scattered(index, g, len(weight))}

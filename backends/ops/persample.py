@@ -1,0 +1,248 @@
+"""The per-sample gradients g_i of one parameter, held in whatever form is cheapest, and what is wanted of them.
+
+A form says how to make the gradients of some samples (`rows`). Everything else has a default that makes a few samples
+at a time, so that memory stays bounded; a form overrides what it can have for less.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+AT_A_TIME = {"cpu": 2**22}
+"""Bytes of gradients made at a time where they are not the result: on a CPU they stay in its cache."""
+
+AT_A_TIME_ELSEWHERE = 2**28
+
+Empty: TypeAlias = Callable[[tuple[int, ...], Tensor], Tensor]
+"""(shape, like) -> memory for a result, of the dtype and on the device of `like`."""
+
+
+class PerSample(ABC):
+    """g_i [N, *shape] of one parameter, N ≥ 1.
+
+    Attributes:
+        samples: N.
+        shape: The parameter's.
+        like: Any tensor of the gradients' dtype and device.
+    """
+
+    samples: int
+    shape: tuple[int, ...]
+    like: Tensor
+
+    @abstractmethod
+    def rows(self, some: slice) -> Tensor:
+        """Return the gradients of some samples [n, *shape]."""
+
+    def compact(self) -> "PerSample":
+        """Return the form to keep until the backward pass is over: this one, unless another takes less memory."""
+        return self
+
+    def grads(self, empty: Empty) -> Tensor:
+        """Return all of g_i [N, *shape], in memory from `empty`."""
+        out = empty((self.samples, *self.shape), self.like)
+        for some in self.parts():
+            out[some] = self.rows(some)
+        return out
+
+    def squares(self) -> Tensor:
+        """Return ‖g_i‖² [N], in float32 at least."""
+        return torch.cat([squares_of(self.rows(some)) for some in self.parts()])
+
+    def weighted(self, factors: Tensor) -> Tensor:
+        """Return Σ_i c_i g_i [*shape] for factors c [N]."""
+        first, *others = self.parts()
+        total = weighted_sum(factors[first], self.rows(first))
+        for some in others:
+            total += weighted_sum(factors[some], self.rows(some))
+        return total
+
+    def variance(self) -> Tensor:
+        """Return 1/N Σ (g_i − ḡ)² [*shape], in two passes, for the difference of 1/N Σ g_i² and ḡ² would cancel."""
+        first, *others = self.parts()
+        if not others:
+            return self.rows(first).var(0, correction=0)
+        mean = self.weighted(self.like.new_full((self.samples,), 1 / self.samples))
+        total = torch.zeros_like(mean)
+        for some in (first, *others):
+            total += (self.rows(some) - mean).square_().sum(0)
+        return total / self.samples
+
+    def gram(self) -> Tensor:
+        """Return ⟨g_i, g_j⟩ [N, N]."""
+        blocks = []
+        for some in self.parts():
+            left = flat(self.rows(some))
+            blocks.append(torch.cat([left @ flat(self.rows(other)).mT for other in self.parts()], 1))
+        return torch.cat(blocks)
+
+    def parts(self) -> Iterator[slice]:
+        """Yield slices of as many samples as are made at a time."""
+        return at_a_time(self.samples, self.bytes() // self.samples, self.like)
+
+    def bytes(self) -> int:
+        """Return how much memory all of g_i take."""
+        return self.samples * prod(self.shape) * self.like.element_size()
+
+
+@dataclass
+class Dense(PerSample):
+    """Gradients that are there: `tensor` [N, *shape]."""
+
+    tensor: Tensor
+
+    def __post_init__(self) -> None:
+        self.samples, *shape = self.tensor.shape
+        self.shape, self.like = tuple(shape), self.tensor
+
+    def rows(self, some: slice) -> Tensor:  # noqa: D102
+        return self.tensor[some]
+
+    def grads(self, empty: Empty) -> Tensor:  # noqa: D102
+        return self.tensor.contiguous()
+
+    def parts(self) -> Iterator[slice]:  # noqa: D102
+        yield slice(0, self.samples)
+
+
+@dataclass
+class Outer(PerSample):
+    """Gradients of a matrix [p, d] that T vectors of a sample went through: g_i = Σ_t left_it right_itᵀ.
+
+    ‖g_i‖² costs T·p·d by way of g_i, and T²·(p + d) as Σ_ts ⟨left_t, left_s⟩ ⟨right_t, right_s⟩, the Gram form. That
+    sum cancels where the vectors do (activations with a large mean, gradients with none), so it is taken in a wider
+    dtype and its rounding is bounded: |error| ≤ (p + d + T²) u (Σ_t ‖left_t‖ ‖right_t‖)², u the wider dtype's roundoff.
+    Samples where that is more than the roundoff of the result, negative sums among them, are taken by way of g_i.
+    float64 has no wider dtype: there all are.
+
+    Attributes:
+        left: [N, T, p].
+        right: [N, T, d].
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def __post_init__(self) -> None:
+        self.samples, self.like = len(self.left), self.left
+        self.shape = (self.left.shape[2], self.right.shape[2])
+
+    def rows(self, some: slice) -> Tensor:  # noqa: D102
+        return outer(self.left[some], self.right[some])
+
+    def compact(self) -> PerSample:  # noqa: D102
+        held = (self.left.numel() + self.right.numel()) * self.like.element_size()
+        return self if held <= self.bytes() else Dense(self.rows(slice(None)))
+
+    def grads(self, empty: Empty) -> Tensor:  # noqa: D102
+        return outer(self.left, self.right, out=empty((self.samples, *self.shape), self.like))
+
+    def squares(self) -> Tensor:  # noqa: D102
+        positions, (p, d) = self.left.shape[1], self.shape
+        if positions == 1:
+            return squares_of(self.left) * squares_of(self.right)
+        cheaper = 2 * positions * (p + d) < p * d  # twice, since wider products cost twice
+        if cheaper and self.like.dtype in WIDER and not capturing(self.like):
+            return self._squares_by_gram(WIDER[self.like.dtype])
+        return super().squares()
+
+    def weighted(self, factors: Tensor) -> Tensor:  # noqa: D102
+        scaled = self.left * factors.to(self.like.dtype)[:, None, None]
+        return scaled.flatten(0, 1).mT @ self.right.flatten(0, 1)
+
+    def gram(self) -> Tensor:  # noqa: D102
+        if self.left.shape[1] > 1:
+            return super().gram()
+        left, right = self.left[:, 0], self.right[:, 0]
+        return (left @ left.mT) * (right @ right.mT)
+
+    def _squares_by_gram(self, wider: torch.dtype) -> Tensor:
+        (positions, p), d = self.left.shape[1:], self.right.shape[2]
+        roundoff, found = torch.finfo(wider).eps / 2, []
+        for some in at_a_time(self.samples, 2 * positions**2 * wider.itemsize, self.like):
+            left, right = self.left[some].to(wider), self.right[some].to(wider)
+            squares = ((left @ left.mT) * (right @ right.mT)).sum((1, 2))
+            most = (left.norm(dim=2) * right.norm(dim=2)).sum(1).square()
+            error = (p + d + positions**2) * roundoff * most
+            doubtful = ~(error <= torch.finfo(self.like.dtype).eps / 2 * squares)  # NaN is in doubt too
+            if doubtful.any():
+                squares[doubtful] = squares_of(outer(left[doubtful], right[doubtful]))
+            found.append(squares.to(wide(self.like.dtype)))
+        return torch.cat(found)
+
+
+WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
+
+
+@dataclass
+class Sum(PerSample):
+    """The sum of gradients by several uses of one parameter; by none of them, zeros."""
+
+    terms: list[PerSample]
+    samples: int
+    shape: tuple[int, ...]
+    like: Tensor
+
+    def rows(self, some: slice) -> Tensor:  # noqa: D102
+        total = self.like.new_zeros(len(range(self.samples)[some]), *self.shape)
+        for term in self.terms:
+            total += term.rows(some)
+        return total
+
+    def weighted(self, factors: Tensor) -> Tensor:  # noqa: D102
+        total = self.like.new_zeros(self.shape)
+        for term in self.terms:
+            total += term.weighted(factors)
+        return total
+
+
+def added(terms: list[PerSample], samples: int, like: Tensor) -> PerSample:
+    """Return the gradients of a parameter `like` that has several uses; matrices' vectors are put side by side."""
+    if len(terms) == 1:
+        return terms[0]
+    pairs = [term for term in terms if isinstance(term, Outer)]
+    if pairs and len(pairs) == len(terms):
+        return Outer(torch.cat([t.left for t in pairs], 1), torch.cat([t.right for t in pairs], 1))
+    return Sum(terms, samples, tuple(like.shape), like)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which squares are summed: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def flat(rows: Tensor) -> Tensor:
+    """Return gradients [n, *shape] as [n, numbers]."""
+    return rows.flatten(1) if rows.dim() > 1 else rows[:, None]
+
+
+def squares_of(rows: Tensor) -> Tensor:
+    """Return ‖row‖² [n] of gradients that are there."""
+    norms: Tensor = torch.linalg.vector_norm(flat(rows), dim=1, dtype=wide(rows.dtype))
+    return norms.square()
+
+
+def weighted_sum(factors: Tensor, rows: Tensor) -> Tensor:
+    """Return Σ_i c_i rows_i [*shape] of gradients that are there."""
+    return torch.einsum("n,n...->...", factors.to(rows.dtype), rows)
+
+
+def outer(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return Σ_t left_it right_itᵀ [N, p, d] of [N, T, p] and [N, T, d]."""
+    return torch.bmm(left.mT, right, out=out)
+
+
+def at_a_time(samples: int, each: int, like: Tensor) -> Iterator[slice]:
+    """Yield slices of as many samples as take some megabytes, at `each` bytes a sample, on the device of `like`."""
+    most = max(1, AT_A_TIME.get(like.device.type, AT_A_TIME_ELSEWHERE) // max(1, each))
+    return (slice(start, min(start + most, samples)) for start in range(0, samples, most))
+
+
+def capturing(like: Tensor) -> bool:
+    """Return whether a CUDA graph is being captured, which must not wait for a value."""
+    return like.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,261 @@
+"""The bookkeeping backend: every rule and form against autograd, and what a model may do without being got wrong."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backends import get_backend
+from backends.base import Unsupported, own_copy
+from backends.ops import persample
+from backends.ops.conv import CHOSEN, Correlation, by_patches, grouped
+from backends.ops.linear import Scattered
+from backends.ops.pages import LARGE, empty
+from backends.ops.persample import Dense, Outer, PerSample, added
+from backends.ops.taps import Passes
+from tests.asserts import assert_close
+from tests.cases import DEVICE, Functional, N, linear, squares
+
+
+@pytest.fixture(autouse=True)
+def _own_random_state() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield
+
+
+def real(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE)
+
+
+def forms() -> dict[str, PerSample]:
+    """Return one of each form; the table has a row that a sample takes twice, and one that none takes."""
+    conv = {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 2)}
+    return {
+        "dense": Dense(real(N, 4, 5)),
+        "dense, a scalar parameter": Dense(real(N)),
+        "outer, one vector": Outer(real(N, 1, 4), real(N, 1, 5)),
+        "outer, few vectors": Outer(real(N, 2, 40), real(N, 2, 50)),
+        "outer, many vectors": Outer(real(N, 30, 4), real(N, 30, 5)),
+        "table": Scattered(torch.tensor([[0, 1, 1], [2, 0, 3], [3, 3, 3]], device=DEVICE), real(N, 3, 5), 6),
+        "convolution": Correlation(real(N, 2, 4, 9, 8), real(N, 2, 6, 5, 4), (6, 4, 3, 3), **conv, groups=1),
+        "convolution, small images": Correlation(
+            real(N, 1, 4, 9, 8), real(N, 1, 99, 5, 4), (99, 4, 3, 3), **conv, groups=1
+        ),
+        "convolution, groups": Correlation(real(N, 1, 4, 9, 8), real(N, 1, 6, 5, 4), (6, 2, 3, 3), **conv, groups=2),
+        "sum": added([Dense(real(N, 4, 5)), Outer(real(N, 2, 4), real(N, 2, 5))], N, real(4, 5)),
+        "sum of products": added([Outer(real(N, t, 4), real(N, t, 5)) for t in (2, 3)], N, real(4, 5)),
+        "sum of nothing": added([], N, real(4, 5)),
+    }
+
+
+@pytest.mark.parametrize("at_a_time", [2**22, 1], ids=["all at once", "one at a time"])
+@pytest.mark.parametrize("name", forms())
+def test_every_form_agrees_with_its_own_rows(name: str, at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(persample.AT_A_TIME, DEVICE.type, at_a_time)
+    form, factors = forms()[name], real(N)
+    rows = form.rows(slice(None))
+    flat = rows.reshape(N, -1)
+    assert rows.shape == (N, *form.shape)
+    assert_close(form.grads(lambda shape, like: like.new_empty(shape)), rows)
+    assert_close(form.rows(slice(1, 2)), rows[1:2])
+    assert_close(form.compact().rows(slice(None)), rows)
+    assert_close(form.squares(), flat.square().sum(1))
+    assert_close(form.weighted(factors), (factors @ flat).view(form.shape))
+    assert_close(form.variance(), rows.var(0, correction=0))
+    assert_close(form.gram(), flat @ flat.T)
+
+
+@pytest.mark.parametrize("name", [name for name in forms() if "convolution" in name and "groups" not in name])
+def test_both_ways_of_a_convolution_agree(name: str) -> None:
+    form = forms()[name]
+    assert isinstance(form, Correlation)
+    assert_close(by_patches(form), grouped(form))
+    form.rows(slice(None))
+    assert set(CHOSEN.values()) <= {"by_patches", "grouped"}
+    assert CHOSEN
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mean", [0.0, 30.0], ids=["plain", "cancels"])
+def test_squares_of_products_are_as_precise_as_their_dtype(dtype: torch.dtype, mean: float) -> None:
+    """Inputs that are nearly constant, and gradients of sum zero: the Gram form alone would lose all digits."""
+    left = real(N, 16, 300)
+    pair = Outer((left - left.mean(1, keepdim=True)).to(dtype), (real(N, 16, 310) + mean).to(dtype))
+    exact = Outer(pair.left.double(), pair.right.double()).squares()
+    gap = (pair.squares().double() - exact).abs() / exact
+    assert pair._squares_by_gram(persample.WIDER[dtype]).min() > 0
+    assert gap.max() < 8 * torch.finfo(dtype).eps
+
+
+STATISTICS = real(4).abs()
+OPS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[tuple[int, ...], ...]]] = {
+    "linear": (F.linear, (5,), ((4, 5), (4,))),
+    "linear, no bias": (F.linear, (3, 5), ((4, 5),)),
+    "linear, a vector as weight": (lambda x, w: F.linear(x, w)[..., None], (3, 5), ((5,),)),
+    "matmul": (torch.matmul, (3, 5), ((5, 4),)),
+    "matmul with @": (lambda x, w: x @ w, (5,), ((5, 4),)),
+    "matmul by the other side": (lambda x, w: w @ x.mT, (3, 5), ((4, 5),)),
+    "addmm": (lambda x, w, b: torch.addmm(b, x[:, 0], w), (1, 5), ((5, 4), (4,))),
+    "addmm, scaled": (lambda x, w, b: torch.addmm(b, x[:, 0], w, alpha=2), (1, 5), ((5, 4), (4,))),
+    "conv2d, several images a sample": (lambda x, w, b: F.conv2d(x[0], w, b), (3, 2, 5, 5), ((4, 2, 3, 3), (4,))),
+    "conv2d, padding='same', even": (lambda x, w: F.conv2d(x, w, padding="same"), (2, 5, 5), ((4, 2, 2, 2),)),
+    "conv1d, stride leaves a rest": (lambda x, w: F.conv1d(x, w, stride=3), (2, 9), ((4, 2, 2),)),
+    "conv_transpose2d": (
+        lambda x, w, b: F.conv_transpose2d(x, w, b, 2, 1, 1, 2),
+        (4, 5, 5),
+        ((4, 3, 3, 3), (6,)),
+    ),
+    "layer_norm, two axes": (lambda x, w, b: F.layer_norm(x, (3, 5), w, b), (2, 3, 5), ((3, 5), (3, 5))),
+    "layer_norm, bias alone": (lambda x, b: F.layer_norm(x, (5,), None, b), (3, 5), ((5,),)),
+    "rms_norm": (lambda x, w: F.rms_norm(x, (5,), w), (3, 5), ((5,),)),
+    "group_norm": (lambda x, w, b: F.group_norm(x, 2, w, b), (4, 3, 3), ((4,), (4,))),
+    "instance_norm": (lambda x, w, b: F.instance_norm(x, weight=w, bias=b), (4, 3, 3), ((4,), (4,))),
+    "batch_norm": (
+        lambda x, w, b: F.batch_norm(x, STATISTICS, STATISTICS + 1, w, b),
+        (4, 3),
+        ((4,), (4,)),
+    ),
+}
+
+
+WITHOUT_A_RULE = {"linear, a vector as weight", "matmul by the other side", "addmm, scaled"}
+
+
+def assert_right(model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
+    """Hold the backend's gradients and norms against the loop's."""
+    for quantity in ("grads", "norms"):
+        ours, loop = (getattr(get_backend(name), quantity)(model, squares) for name in ("bookkeeping", "naive"))
+        assert_close(ours(inputs, targets), loop(inputs, targets))
+
+
+def differentiated_directly(model: nn.Module, inputs: Tensor, targets: Tensor) -> set[str]:
+    """Return the parameters that were used outside of rules."""
+    passes, found = Passes(own_copy(model), squares), {}
+    backward = passes._backward
+    passes._backward = lambda *args: found.update(direct := backward(*args)) or direct  # type: ignore[func-returns-value, method-assign]
+    passes(inputs, targets)
+    return set(found)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("name", OPS)
+def test_every_op_agrees_with_the_loop_and_has_its_rule(name: str) -> None:
+    op, inputs, shapes = OPS[name]
+    parameters = nn.ParameterList([nn.Parameter(real(*shape)) for shape in shapes])
+    model = Functional(lambda s, x: op(x, *s.p).sin(), p=parameters)
+    assert_right(model, real(N, *inputs), real(N))
+    assert bool(differentiated_directly(model, real(N, *inputs), real(N))) == (name in WITHOUT_A_RULE)
+
+
+def nested(transform: Callable[..., Tensor]) -> Callable[[nn.Module, Tensor], Tensor]:
+    return lambda s, x: transform(lambda z: s.a(z).sin(), x)
+
+
+HABITS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "attention": lambda s, x: s.m(y := x[:, None], y, y)[0],
+    "a hook": lambda s, x: doubled(s.a(x)).sin(),
+    "a hook, then in place": lambda s, x: doubled(s.a(x)).tanh_(),
+    "in place on a covered op's output": lambda s, x: s.a(s.a(x).relu_()).mul_(2),
+    "a weight in a list": lambda s, x: F.linear(x, s.kept[0]).sin(),
+    "an input that is a parameter": lambda s, x: s.a(s.b.weight).sin() @ x.mT,
+    "an input that is the same for all": lambda s, x: x * s.a(torch.ones_like(x)).sin(),
+    "a bias that is computed": lambda s, x: F.linear(x, s.a.weight, s.b(x)[0]).sin(),
+    "statistics of each sample's own": lambda s, x: F.batch_norm(x, x[0], x[0].square(), s.a.bias).sin(),
+    "a weight once by a rule, once not": lambda s, x: s.a(x).sin() @ s.a.weight.T.sin(),
+    "vmap": lambda s, x: torch.vmap(lambda c: s.a(c * x).sin())(torch.arange(3, device=x.device).to(x)).sum(0),
+    "vmap over weights": lambda s, x: torch.vmap(lambda w: (x * w).sum(-1))(s.a.weight).mT.sin(),
+    "torch.func.grad": nested(lambda f, x: torch.func.grad(lambda z: f(z).sum())(x)),
+    "torch.func.jvp": nested(lambda f, x: torch.func.jvp(f, (x,), (x.cos(),))[1]),
+}
+
+
+def doubled(y: Tensor) -> Tensor:
+    if y.requires_grad:
+        y.register_hook(lambda g: g * 2 - g.mean())
+    return y
+
+
+def habit(forward: Callable[[nn.Module, Tensor], Tensor]) -> nn.Module:
+    model = Functional(forward, a=linear(5, 5), b=linear(5, 5), m=nn.MultiheadAttention(5, 1, batch_first=True))
+    model.kept = [model.a.weight]
+    return model.to(DEVICE, torch.float64)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, in forward mode
+@pytest.mark.parametrize("name", HABITS)
+def test_models_may_do_what_they_like(name: str) -> None:
+    assert_right(habit(HABITS[name]), real(N, 5), real(N))
+
+
+def test_attention_has_rules() -> None:
+    assert not differentiated_directly(habit(HABITS["attention"]), real(N, 5), real(N))
+
+
+@pytest.mark.parametrize("layer", [nn.RNN, nn.LSTM, nn.GRU])
+def test_recurrent_layers_have_rules(layer: type[nn.Module]) -> None:
+    model = Functional(lambda s, x: s.r(x)[0], r=layer(5, 4, 2, bidirectional=True)).to(DEVICE, torch.float64)
+    assert not differentiated_directly(model, real(N, 3, 5), real(N))
+
+
+class Times(torch.autograd.Function):
+    """A product that no torch function mode sees."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, w: Tensor) -> Tensor:
+        return x * w
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return g * w, (g * x).sum_to_size(w.shape)
+
+
+def test_a_use_out_of_sight_is_refused() -> None:
+    model = habit(lambda s, x: Times.apply(s.b(x), s.kept[0][0] * 1))
+    model.kept = [model.a.bias]
+    with pytest.raises(Unsupported, match=r"`a\.bias` is used out of sight"):
+        get_backend("bookkeeping").grads(model, squares)(real(N, 5), real(N))
+
+
+def test_an_input_that_is_changed_later_is_an_error_as_in_autograd() -> None:
+    model = habit(lambda s, x: (h := x * 1, s.a(h), h.add_(1))[1])
+    with pytest.raises(RuntimeError, match="inplace"):
+        get_backend("bookkeeping").grads(model, squares)(real(N, 5), real(N))
+
+
+def test_reused_buffers_are_the_same_memory_only_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(linear(5, 5), nn.Tanh(), linear(5, 5)).to(DEVICE, torch.float64)
+    for reuse in (True, False):
+        fn = get_backend("bookkeeping", reuse_buffers=reuse).grads(model, squares)
+        first, second = (fn(real(N, 5) + i, real(N))["0.weight"] for i in (0, 1))
+        assert (first.data_ptr() == second.data_ptr()) == reuse
+        assert_close(second, get_backend("naive").grads(model, squares)(real(N, 5) + 1, real(N))["0.weight"])
+
+
+def test_large_memory_is_fresh_and_may_be_written() -> None:
+    first, second = (empty((3, LARGE), torch.zeros(0, dtype=torch.bfloat16)) for _ in range(2))
+    assert (first.shape, first.dtype) == ((3, LARGE), torch.bfloat16)
+    assert first.data_ptr() != second.data_ptr()
+    first[1, 5] = 1
+    assert second[1, 5] == 0
+
+
+def test_under_autocast_results_are_in_the_parameters_dtype() -> None:
+    model = nn.Sequential(linear(64, 64), nn.LayerNorm(64), linear(64, 4)).to(DEVICE)
+    inputs, targets = real(N, 64).float(), real(N).float()
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        ours, loop = (get_backend(b).grads(model, squares)(inputs, targets) for b in ("bookkeeping", "naive"))
+    assert {g.dtype for g in ours.values()} == {torch.float32}
+    for name, g in loop.items():
+        assert (ours[name] - g).norm() < 0.05 * g.norm(), name
