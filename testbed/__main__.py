@@ -1,5 +1,6 @@
 """The command line: `python -m testbed EXPERIMENT.yaml`, or one of the subcommands in `testbed/commands/`."""
 
+import errno
 import importlib
 import io
 import os
@@ -8,10 +9,20 @@ import traceback
 from collections.abc import Sequence
 
 from testbed.problems import ProblemError
-from testbed.records import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE
+from testbed.records import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, CannotWrite
+from testbed.shield import stoppable
 from testbed.yaml_source import ConfigError
 
-COMMANDS = ("calibrate", "conformance", "list", "precision")  # all else is an experiment to run
+FULL = (errno.ENOSPC, errno.EDQUOT)
+COMMANDS = (  # all else is an experiment to run
+    "calibrate",
+    "compare",
+    "conformance",
+    "doctor",
+    "list",
+    "precision",
+    "report",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,20 +33,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subcommand = bool(arguments) and arguments[0] in COMMANDS
     command = importlib.import_module(f"testbed.commands.{arguments[0] if subcommand else 'run'}")
     try:
-        code: int = command.main(arguments[1:] if subcommand else arguments)
+        with stoppable():
+            code: int = command.main(arguments[1:] if subcommand else arguments)
         sys.stdout.flush()
         return code
     except (ConfigError, ProblemError) as error:
         print(f"testbed: error: {error}", file=sys.stderr)
         return EXIT_USAGE
+    except CannotWrite as error:
+        print(f"testbed: error: {error}", file=sys.stderr)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         print("testbed: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # whoever read the output has enough, as in `… list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
         return EXIT_INTERRUPTED
-    except Exception:  # a fault of the program or of a plug-in; Python's own exit code 1 would say "a backend is wrong"
-        traceback.print_exc()
+    except (
+        Exception
+    ) as error:  # a fault of the program or of a plug-in; Python's own exit code 1 would say "a backend is wrong"
+        if isinstance(error, OSError) and error.errno in FULL:
+            print(f"testbed: error: {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        else:
+            traceback.print_exc()
         return EXIT_FAILED
 
 

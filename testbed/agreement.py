@@ -63,6 +63,8 @@ class Agreement:
         parameter: The parameter with the largest excess.
         sample: Its sample, or None where the quantity has no samples.
         ill_conditioned: Samples that only the cloud excuses, or that the reference is as far off on.
+        errors: (sample, ‖g−t‖(i) / ‖t(i)‖) of each sample that was checked, where the question is how precise it is and
+            the quantity has samples.
     """
 
     agrees: bool
@@ -72,6 +74,7 @@ class Agreement:
     parameter: str
     sample: int | None
     ill_conditioned: tuple[int, ...] = ()
+    errors: tuple[tuple[int, float], ...] = ()
 
 
 def as_rows(result: Result, quantity: str) -> Rows:
@@ -247,6 +250,8 @@ def _answer(
     """Return the answer from error and excess [R, P]; a NaN in the excess is a disagreement."""
     row, column = divmod(int(excess.nan_to_num(nan=torch.inf).argmax()), excess.shape[1])
     relative = error / _over_parameters(norms(truth)).clamp_min(TINY)
+    shown = per_sample and question != "same function"  # that one is about logic
+    samples = enumerate(relative.norm(dim=1).tolist()) if shown else ()
     return Agreement(
         agrees=bool((excess <= 1).all()),
         question=question,
@@ -255,6 +260,7 @@ def _answer(
         parameter=list(truth)[column],
         sample=row if per_sample else None,
         ill_conditioned=excused,
+        errors=tuple((i, float(f"{e:.3g}")) for i, e in samples),  # a record has to hold them
     )
 
 

@@ -1,7 +1,9 @@
 """The Python API: compare backends on a model of your own."""
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +16,13 @@ from backends.batch import Batch, apply, size, take
 from backends.registry import UnknownName, check_options, unknown
 from testbed.agreement import RULES, Rule
 from testbed.cell import Cell
+from testbed.child import Isolation
+from testbed.environment import source_of
 from testbed.experiment import Choice, Combination, Experiment, Timing, Workload
-from testbed.problems import Problem, ProblemError, make_problem
+from testbed.problems import DATA, LOSSES, MODELS, Problem, ProblemError, make_problem
 from testbed.records import Record
 from testbed.report import Report
-from testbed.runner import Emit, Progress, Settings, run
+from testbed.runner import Emit, Progress, Settings, identify, run
 
 Chosen = str | Mapping[str, Mapping[str, Any]]
 """A name, or {name: {option: value}}, as in YAML."""
@@ -78,7 +82,7 @@ def compare(
     problem = Problem(model, loss_fn, inputs, targets, fresh_inputs, fresh_targets)
     chosen = [Choice.model_validate(b) for b in backends] if backends else [Choice.of(name) for name in available()]
     wanted = [Choice.model_validate(q) for q in quantities]
-    about = {
+    said = {
         "model": type(model).__name__,
         "loss": getattr(loss_fn, "__name__", type(loss_fn).__name__),
         "batch_size": problem.n,
@@ -87,11 +91,11 @@ def compare(
     }
     if baseline is not None and baseline not in [choice.name for choice in chosen]:
         raise UnknownName(unknown("baseline", baseline, [choice.name for choice in chosen]))
-    settings = Settings(
+    how = Settings(
         "compare", rule(Choice.model_validate(agreement)), **timing.model_dump(), baseline=baseline, seed=seed
     )
     records: list[Record] = []
-    run(lambda: problem, about, cells(chosen, wanted), settings, lambda record, _: records.append(record), progress)
+    run(lambda: problem, said, cells(chosen, wanted), how, lambda record, _: records.append(record), progress)
     return Report(records)
 
 
@@ -118,11 +122,26 @@ def check_arguments(model: nn.Module, loss_fn: LossFn, inputs: Batch, targets: T
 
 
 def run_experiment(
-    experiment: Experiment, name: str, device: torch.device, emit: Emit, progress: Progress | None = None
+    experiment: Experiment,
+    name: str,
+    device: torch.device,
+    emit: Emit,
+    progress: Progress | None = None,
+    isolation: Isolation | None = None,
+    finished: Container[str] = (),
 ) -> None:
     """Run an experiment, problem by problem; each record is given to `emit` the moment its cell ends.
 
     Of several problems, one that cannot be made costs the others nothing: its cells are `unsupported`.
+
+    Args:
+        experiment: What to run.
+        name: Its name, for the records.
+        device: Where.
+        emit: Takes each record.
+        progress: Hears what is going on.
+        isolation: What the children may take that run the cells; None runs all in this process.
+        finished: Identities of cells that have their record already.
 
     Raises:
         ProblemError: A problem cannot be made; where there are several, after the others have been run.
@@ -132,20 +151,22 @@ def run_experiment(
     failed: list[ProblemError] = []
     stopped = False
     for count, job in enumerate(found, 1):
-        shown = None if stopped else progress
-        if shown and len(found) > 1:
-            shown.begin(f"problem {count} of {len(found)}: {job.problem}", 0)
+        if progress and len(found) > 1 and not stopped:
+            progress.begin(f"problem {count} of {len(found)}: {job.problem}", 0)
         set_precision(job.problem)
-        make = partial(_stop if stopped else problem_of, job.problem, device)
+        arguments = (job.about, job.cells, job.settings, emit)
         try:
-            run(make, job.about, job.cells, job.settings, emit, shown)
+            if stopped:
+                run(_stop, *arguments, finished=finished)
+            else:
+                run(partial(_make, job.problem, device), *arguments, progress, isolation, finished)
         except KeyboardInterrupt:
             stopped = True
         except ProblemError as error:
             if len(found) == 1:
                 raise
             failed.append(error)
-            run(partial(_refuse, str(error)), job.about, job.cells, job.settings, emit)
+            run(partial(_refuse, str(error)), *arguments, finished=finished)
     if stopped:
         raise KeyboardInterrupt
     if failed:
@@ -177,6 +198,20 @@ def jobs(experiment: Experiment, name: str, device: torch.device) -> list[Job]:
     ]
 
 
+def identities(experiment: Experiment, device: torch.device, isolation: Isolation | None) -> list[str]:
+    """Return the identities of an experiment's cells, as they would be run here and now, in the order of the table."""
+    found = []
+    for job in jobs(experiment, "", device):
+        set_precision(job.problem)
+        found += [identify(cell, job.about, job.settings, isolation) for cell in job.cells]
+    return found
+
+
+def isolated(experiment: Experiment, plugins: Sequence[str] = ()) -> Isolation:
+    """Return what an experiment lets the children take that run its cells, and what they load first."""
+    return Isolation(**experiment.limits.model_dump(), plugins=tuple(str(Path(file).resolve()) for file in plugins))
+
+
 def _stop(*_: object) -> Problem:
     """Make no problem: the run has been interrupted, and what would have come has to have its records."""
     raise KeyboardInterrupt
@@ -189,22 +224,35 @@ def _refuse(reason: str) -> Problem:
 
 def about_problem(problem: Workload, device: torch.device) -> dict[str, Any]:
     """Return what records say of a problem."""
-    named = {key: str(getattr(problem, key)) for key in ("model", "data", "loss")}
+    p = problem
+    named = {key: str(getattr(p, key)) for key in ("model", "data", "loss")}
     return {
         **named,
-        "batch_size": problem.batch_size,
-        "seed": problem.seed,
-        "train_steps": problem.train_steps,
-        "dtype": problem.dtype,
+        "batch_size": p.batch_size,
+        "seed": p.seed,
+        "train_steps": p.train_steps,
+        "dtype": p.dtype,
         "device": str(device),
-        "tf32": problem.tf32,
+        "tf32": p.tf32,
+        "source": source_of(*_files(MODELS[p.model.name], DATA[p.data.name], LOSSES[p.loss.name])),
     }
+
+
+def _files(*things: Callable[..., Any]) -> list[Path]:
+    """Return the files in which functions or classes are defined; what was typed into an interpreter has none."""
+    found = [inspect.getsourcefile(thing) for thing in things]
+    return [Path(file) for file in found if file and Path(file).is_file()]
 
 
 def settings(e: Experiment, problem: Workload, name: str) -> Settings:
     """Return how an experiment's cells on a problem are run."""
     seed = problem.seed
     return Settings(name, rule(e.agreement), **e.timing.model_dump(), baseline=e.resolved_baseline(), seed=seed)
+
+
+def _make(problem: Workload, device: torch.device) -> Problem:
+    set_precision(problem)  # a child has switches of its own
+    return problem_of(problem, device)
 
 
 def problem_of(problem: Workload, device: torch.device) -> Problem:

@@ -43,15 +43,19 @@ def source_hash(backend: str) -> str:
 def identity(
     cell: Cell, problem: Mapping[str, Any], settings: Mapping[str, Any], environment: Mapping[str, Any]
 ) -> str:
-    """Return the cell's identity: a hash of everything that could change its numbers."""
+    """Return the cell's identity: a hash of everything that could change its numbers.
+
+    That is the problem, the cell, how it is measured, code (`source`, `backend_source`, the problem's own `source`,
+    `commit`, `dirty`) and machine. The experiment's name, the limits and a GPU's momentary clocks change none.
+    """
     everything = [
         cell.backend,
         dict(cell.options),
         cell.quantity,
         dict(cell.quantity_options),
         problem,
-        settings,
-        {key: _without_clocks(value) for key, value in environment.items()},
+        {key: value for key, value in settings.items() if key != "experiment"},
+        {key: _without_clocks(value) for key, value in environment.items() if key != "limits"},
     ]
     return hashlib.sha256(json.dumps(everything, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

@@ -1,5 +1,6 @@
 """What a number depends on beside the code: machine, versions, settings, commit."""
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+import backends
 from backends import available, backend_class
 
 LIBRARIES = ("torch", "torchvision", "numpy", "pydantic", "scikit-learn", "triton")  # and those of the backends
@@ -43,8 +45,10 @@ def environment(device: torch.device) -> dict[str, Any]:
 def device_name(environment: dict[str, Any]) -> str:
     """Return the device in words: the GPU, or the processor and its threads."""
     if gpu := environment.get("gpu"):
-        return f"{gpu['name']} (CUDA {gpu['cuda']}, driver {gpu['driver']})"
-    return f"{environment['processor']}, {environment['threads']} threads"
+        return f"{gpu.get('name', 'GPU')} (CUDA {gpu.get('cuda', '?')}, driver {gpu.get('driver', '?')})"
+    if "processor" not in environment:  # a record of a sweep, or of an earlier version
+        return "device not recorded"
+    return f"{environment['processor']}, {environment.get('threads', '?')} threads"
 
 
 def _backends_libraries() -> list[str]:
@@ -54,7 +58,9 @@ def _backends_libraries() -> list[str]:
 @cache
 def _fixed() -> dict[str, Any]:
     """Return what does not change while the process lives."""
+    here = Path(__file__).parent
     return {
+        "machine": hashlib.sha256(platform.node().encode()).hexdigest()[:8],  # which one, without its name
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": _processor(),
@@ -62,7 +68,17 @@ def _fixed() -> dict[str, Any]:
         "versions": {name: found for name in (*LIBRARIES, *_backends_libraries()) if (found := _version(name))},
         "commit": _run("git", "rev-parse", "HEAD"),
         "dirty": bool(_run("git", "status", "--porcelain")),
+        "source": source_of(here, Path(backends.__file__).parent),
     }
+
+
+def source_of(*places: Path) -> str:
+    """Return a hash of Python files, and of all that are in folders."""
+    found = hashlib.sha256()
+    for place in places:
+        for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            found.update(f"{file.relative_to(place.parent)}\0".encode() + file.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def _version(package: str) -> str | None:

@@ -57,6 +57,19 @@ class Timing(_Frozen):
     rounds: Annotated[int, Field(ge=2)] = Field(30, description="Rounds at most; each times every backend once.")
     max_s: Annotated[float, Field(gt=0)] = Field(20.0, description="Seconds for the rounds of a quantity; two are run.")
     warmup: Annotated[int, Field(ge=0)] = Field(1, description="Untimed calls after the first one.")
+    precision: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.02, description="No more rounds once every ratio's interval is ± this share of it; 0: all rounds."
+    )
+
+
+class Limits(_Frozen):
+    """What each backend's process may take; see `testbed.child`."""
+
+    timeout_s: Annotated[float, Field(gt=0)] = Field(600.0, description="Seconds for a step of a cell.")
+    memory_gb: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="GB of host memory a process may take (Linux); on a CPU nine tenths of what is free if left out.",
+    )
 
 
 class Published(_Frozen):
@@ -125,6 +138,7 @@ class Experiment(_Frozen):
     baseline: str | None = Field(None, description="The backend that times are divided by; the reference if left out.")
     agreement: Choice = Field(Choice.of("calibrated"), description="The rule: " + ", ".join(RULES) + ".")
     timing: Timing = Field(Timing(), description="How long to measure.")
+    limits: Limits = Field(Limits(), description="What a backend's process may take.")
     size: str | None = Field(None, description="The entry of `sizes` to run.")
     sizes: dict[str, dict[str, Any]] = Field(
         {}, description="Name → keys that stand in place of the experiment's own, as `--set` would put them."

@@ -12,14 +12,14 @@ from backends.base import BACKENDS, QUANTITIES, Backend
 from backends.registry import did_you_mean, explain, unknown
 from testbed.exclude import HERE, check_exclude, useful
 from testbed.expand import MAX_CELLS, Known, Part, choices, combinations, items
-from testbed.experiment import Experiment, Published, Timing, Workload
+from testbed.experiment import Experiment, Limits, Published, Timing, Workload
 from testbed.names import REGISTRIES, check_names
 from testbed.sizes import apply_size, of_size
 from testbed.yaml_source import ConfigError, KeyPath, Source, read
 
 T = TypeVar("T", bound=BaseModel)
 Thing = Callable[..., Any]
-NESTED: dict[str, type[BaseModel]] = {"timing": Timing, "published": Published}
+NESTED: dict[str, type[BaseModel]] = {"timing": Timing, "limits": Limits, "published": Published}
 """The mappings in an experiment that have keys of their own."""
 
 

@@ -1,26 +1,87 @@
-"""Progress on stderr: a bar on a terminal, plain lines otherwise."""
+"""Progress on stderr: what runs now and how long it will still take; a bar on a terminal, plain lines otherwise.
 
+The time left is that of the piece of work that runs now, from the pace of its steps so far.
+"""
+
+import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
+from rich.text import Text
+
+BAR = 12
+OTHERS = BAR + len(" 1000/1000 0:00:00 about 10 min 00 s left  ")
+SILENCE_S = 15.0  # after so long without a line, a step gets one
+
+Clock = Callable[[], float]
+
+
+class Pace:
+    """How fast the steps of a piece of work go.
+
+    Args:
+        steps: How many there are; 0 where nobody knows.
+        max_s: Seconds after which no more steps begin, if there is such a limit.
+        clock: Tells the time in seconds.
+    """
+
+    def __init__(self, steps: int, max_s: float | None = None, clock: Clock = time.monotonic) -> None:
+        self.steps, self.max_s, self.begun = steps, max_s, 0
+        self._clock = clock
+        self._start = self._last = clock()
+
+    def step(self) -> None:
+        """Note that a step begins; those before it are done."""
+        self.begun += 1
+        self._last = self._clock()
+
+    def left(self) -> float | None:
+        """Return the seconds left, if the coming steps take as long as those that are done; None without any."""
+        done = self.begun - 1
+        if done < 1 or self.steps < self.begun:
+            return None
+        left = (self._last - self._start) / done * (self.steps - done)
+        if self.max_s is not None:
+            left = min(left, self.max_s - (self._last - self._start))
+        return max(0.0, left - (self._clock() - self._last))
+
+    def __str__(self) -> str:
+        """Return the time left in words, or nothing."""
+        left = self.left()
+        if left is None:
+            return ""
+        minutes, seconds = divmod(round(left), 60)
+        return f"about {f'{minutes} min {seconds:02d} s' if minutes else f'{seconds} s'} left"
 
 
 class Lines:
-    """A line when a piece of work begins; steps are not shown."""
+    """A line when a piece of work begins, and for a step where nothing was said for a while."""
 
-    def __init__(self) -> None:
-        self._start = time.monotonic()
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        self._clock = clock
+        self._start = self._said = clock()
+        self._what, self._pace = "", Pace(0, clock=clock)
 
-    def begin(self, what: str, steps: int) -> None:
+    def begin(self, what: str, steps: int, max_s: float | None = None) -> None:
         """Print what begins, and how long the run has taken so far."""
-        print(f"[{time.monotonic() - self._start:5.1f} s] {what}", file=sys.stderr, flush=True)
+        self._what, self._pace = what, Pace(steps, max_s, self._clock)
+        self._say(what)
 
     def step(self, what: str) -> None:
-        """Print nothing."""
+        """Print what runs now, if nothing was printed for a while."""
+        self._pace.step()
+        if self._clock() - self._said > SILENCE_S:
+            of = f" ({self._pace.begun} of {self._pace.steps})" if self._pace.steps else ""
+            self._say(", ".join(filter(None, (f"{self._what}: {what}{of}", str(self._pace)))))
+
+    def _say(self, text: str) -> None:
+        self._said = self._clock()
+        print(f"[{self._said - self._start:5.1f} s] {text}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Self:
         return self
@@ -29,25 +90,48 @@ class Lines:
         pass
 
 
+class _Left(ProgressColumn):
+    """The time left, which counts down between steps."""
+
+    def __init__(self, bar: "Bar") -> None:
+        super().__init__()
+        self._bar = bar
+
+    def render(self, task: Task) -> Text:
+        """Return it in words."""
+        return Text(str(self._bar.pace))
+
+
 class Bar:
     """One bar that shows what runs now; it is gone when the run ends."""
 
-    def __init__(self) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bar = RichProgress(*columns, console=Console(stderr=True), transient=True)
+    def __init__(self, console: Console | None = None) -> None:
+        self.pace = Pace(0)
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=BAR), MofNCompleteColumn())
+        self._bar = RichProgress(
+            *columns,
+            TimeElapsedColumn(),
+            _Left(self),
+            console=console or Console(stderr=True),
+            transient=True,
+        )
         self._task = self._bar.add_task("", total=None)
         self._what = ""
-        self._steps = 0
 
-    def begin(self, what: str, steps: int) -> None:
+    def begin(self, what: str, steps: int, max_s: float | None = None) -> None:
         """Start the bar anew for a piece of work."""
-        self._what, self._steps = what, 0
-        self._bar.reset(self._task, description=what, total=steps)
+        self._what, self.pace = what, Pace(steps, max_s)
+        self._bar.reset(self._task, description=self._fit(what), total=steps or None)
 
     def step(self, what: str) -> None:
         """Show what runs now; the steps before it are done."""
-        self._bar.update(self._task, description=f"{self._what}: {what}", completed=self._steps)
-        self._steps += 1
+        self._bar.update(self._task, description=self._fit(f"{what} · {self._what}"), completed=self.pace.begun)
+        self.pace.step()
+
+    def _fit(self, text: str) -> str:
+        """Return a text that leaves the other columns their place on one line."""
+        most = max(12, self._bar.console.width - OTHERS)
+        return text if len(text) <= most else f"{text[: most - 1]}…"
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -58,5 +142,5 @@ class Bar:
 
 
 def progress() -> Lines | Bar:
-    """Return what fits stderr."""
-    return Bar() if sys.stderr.isatty() else Lines()
+    """Return what fits stderr; colours are left out where `NO_COLOR` is set."""
+    return Bar() if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" else Lines()

@@ -3,8 +3,10 @@
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,10 @@ def with_options(name: str, options: Mapping[str, Any]) -> str:
     return f"{name}({inside})" if inside else name
 
 
+class CannotWrite(Exception):
+    """A record cannot be written: the disk is full, say. One line: which file and why, and what is safe."""
+
+
 class RecordFile:
     """A run folder's `results.jsonl`; each record is whole on disk before the next cell starts."""
 
@@ -88,18 +94,73 @@ class RecordFile:
         self.path = path
 
     def append(self, record: Record) -> None:
-        """Write one record as a line, and wait until the disk has it."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(record.to_json() + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Write one record as a line, and wait until the disk has it.
+
+        Raises:
+            CannotWrite: The file is as it was.
+        """
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                _write(file, (record.to_json() + "\n").encode())
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(self.path, size)  # half a line would spoil the file
+            saved = "the records before it are whole; free some space and go on with --resume"
+            raise CannotWrite(f"{self.path}: cannot be written: {error.strerror}; {saved}") from None
+
+    def replace(self, records: Sequence[Record], dropped: Sequence[Record], into: Path) -> None:
+        """Keep these records only; those that are dropped are first appended to another file.
+
+        Raises:
+            CannotWrite: The file is as it was.
+        """
+        for record in dropped:
+            RecordFile(into).append(record)
+        partial = self.path.with_suffix(".partial")
+        try:
+            with partial.open("wb", buffering=0) as file:
+                _write(file, "".join(record.to_json() + "\n" for record in records).encode())
+            partial.replace(self.path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise CannotWrite(f"{partial}: cannot be written: {error.strerror}; the records are as they were") from None
+
+
+def _write(file: FileIO, data: bytes) -> None:
+    """Write all of it, and wait until the disk has it."""
+    while data:
+        data = data[file.write(data) :]
+    os.fsync(file.fileno())
 
 
 def read_records(path: Path) -> list[Record]:
-    """Read a `results.jsonl`; fields that a later version added are left out."""
-    known = [f.name for f in fields(Record)]
-    lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    return [Record(**{name: line[name] for name in known}) for line in lines]
+    """Read a `results.jsonl` of this version or another.
+
+    Fields that a later version added are left out, those that an earlier one did not have yet are empty. A last
+    line that the writer was killed in is left out.
+
+    Raises:
+        ValueError: A line is no record; its number is in the message.
+        OSError: The file cannot be read.
+    """
+    empty: dict[str, Any] = {f.name: "" if f.type is str else {} for f in fields(Record)}
+    lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: a text may hold its other line ends
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            data = json.loads(line)
+            data = {name: data[name] for name in empty if data.get(name) is not None}
+        except (ValueError, AttributeError):
+            if number == len(lines) and number > 1:
+                break
+            raise ValueError(f"line {number} is no record") from None
+        if not {"backend", "status"} <= data.keys() or any(type(v) is not type(empty[k]) for k, v in data.items()):
+            raise ValueError(f"line {number} is no record")
+        found.append(Record(**empty | data))
+    return found
 
 
 def exit_code(records: Iterable[Record], expect: Mapping[str, str] | None = None) -> int:

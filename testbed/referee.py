@@ -5,6 +5,7 @@ clipped sum there is a second yardstick: an ordinary backward pass, which rounds
 """
 
 import copy
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -32,6 +33,7 @@ from testbed.form import nonfinite, wrong_form
 from testbed.mistakes import often_meant
 from testbed.ordinary import weighted_gradient
 from testbed.problems import Problem
+from testbed.store import Store
 
 Again: TypeAlias = Callable[[], Any]
 """The same call once more."""
@@ -77,8 +79,9 @@ class Referee:
         rule: Rule,
         few: int = FEW,
         autocast: str | None = None,
+        store: Store | None = None,
     ) -> None:
-        self.quantity, self.options, self.rule = quantity, dict(options), rule
+        self.quantity, self.options, self.rule, self.store = quantity, dict(options), rule, store
         self.autocast, self.u = autocast, _roundoff(problem, autocast)
         numbers = sum(p.numel() for p in trainable(problem.model).values()) if quantity == "grads" else 1
         most = max(FEW, BUDGET // (8 * numbers)) if quantity in INDEPENDENT else problem.n
@@ -143,11 +146,15 @@ class Referee:
             return []
         key = ("ordinary", fresh)
         if key not in self._known:
-            lengths = get_backend(reference()).norms(self.wide.model, self.wide.loss_fn)(*batch_of(self.wide, fresh))
-            factors = clip_factors(lengths, self.options.get("max_norm", 1.0))
-            self._known[key] = weighted_gradient(self.run, batch_of(self.run, fresh), factors, self.autocast)
-        finite = all(t.isfinite().all() for t in self._known[key].values())
-        return [self._known[key]] if finite else []  # a yardstick of NaN measures nothing
+            self._known[key] = self._shared("ordinary", fresh, lambda: self._backward_of_clipped(fresh))
+        found = self._known[key]
+        assert isinstance(found, dict)
+        return [found] if all(t.isfinite().all() for t in found.values()) else []  # one of NaN measures nothing
+
+    def _backward_of_clipped(self, fresh: bool) -> Result:
+        lengths = get_backend(reference()).norms(self.wide.model, self.wide.loss_fn)(*batch_of(self.wide, fresh))
+        factors = clip_factors(lengths, self.options.get("max_norm", 1.0))
+        return weighted_gradient(self.run, batch_of(self.run, fresh), factors, self.autocast)
 
     def _whole(self, fresh: bool) -> Result:
         """Return what has the form of the whole batch's result; it takes no memory."""
@@ -169,7 +176,8 @@ class Referee:
         index: list[int] = self.chosen.tolist()
         sample = None if agreement.sample is None else index[agreement.sample]
         ill = tuple(sorted(index[i] for i in agreement.ill_conditioned))
-        return replace(agreement, sample=sample, ill_conditioned=ill)
+        errors = tuple((index[i], error) for i, error in agreement.errors)
+        return replace(agreement, sample=sample, ill_conditioned=ill, errors=errors)
 
     def _find(
         self,
@@ -211,8 +219,36 @@ class Referee:
         if key not in self._known:
             for old in [k for k in self._known if k[1] != fresh]:
                 del self._known[old]  # the results on two batches of a large problem need not fit together
-            self._known[key] = self._compute(problem.model, problem.loss_fn, *batch_of(problem, fresh))
+            self._known[key] = self._shared(
+                what, fresh, lambda: self._compute(problem.model, problem.loss_fn, *batch_of(problem, fresh))
+            )
         return self._known[key]
+
+    def _shared(self, what: str, fresh: bool, compute: Callable[[], Result]) -> Result:
+        """Return what the reference computes, from the store where another process has computed it."""
+        if self.store is None:
+            return compute()
+        options = zlib.crc32(repr(sorted(self.options.items())).encode())
+        batch = "fresh" if fresh else "batch"
+        arithmetic = f" {self.autocast}" if self.autocast else ""
+        return self.store.kept(f"truth {self.quantity} {options:08x} {what} {batch}{arithmetic}", compute)
+
+    def share(self, *, fresh: bool) -> None:
+        """Compute what `same_function` and `precision` ask the reference for, where others take it from the store."""
+        if self.store is None:
+            return
+        self.store.drop("truth *")  # of the quantity before, and of the other batch
+        self.truth(fresh=fresh)
+        self.yardsticks(fresh=fresh)
+        self._ordinary_sum(fresh)
+        if not fresh and self.rule.same_function and self.few is not self.wide:
+            self._reference("few", self.few, fresh=False)
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what the store has: while others are timed, it would take memory for nothing."""
+        if self.store is not None:
+            self._known.clear()
 
     def _compute(self, model: torch.nn.Module, loss_fn: LossFn, inputs: Batch, targets: Tensor) -> Result:
         fn = getattr(get_backend(reference(), autocast=self.autocast), self.quantity)(model, loss_fn, **self.options)

@@ -1,23 +1,35 @@
 """A run's folder: `results.jsonl`, the resolved `experiment.yaml`, `environment.json`, `errors.log`."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Container
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
+from filelock import FileLock, Timeout
 
 from testbed.environment import environment
 from testbed.experiment import Experiment
-from testbed.records import Record, RecordFile
+from testbed.records import FAILED, Record, RecordFile, read_records
 from testbed.yaml_source import ConfigError
+
+LIMITED = ("timeout", "oom")  # statuses that another limit may change
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of one run; records are whole on disk the moment they are appended."""
+    """The folder of one run; records are whole on disk the moment they are appended.
+
+    Attributes:
+        path: Where it is.
+        lock: Held while this process writes there; the system lets go of it when the process ends, however that is.
+    """
 
     path: Path
+    lock: FileLock = field(repr=False, compare=False)
 
     @classmethod
     def create(cls, path: Path) -> Self:
@@ -29,12 +41,54 @@ class RunFolder:
         results = path / "results.jsonl"
         try:
             path.mkdir(parents=True, exist_ok=True)
+            lock = _locked(path, "--out")
             results.touch()
             if results.stat().st_size:  # a run that ended before its first record may be repeated here
-                raise ConfigError(f"--out {path}: holds a run already; give another folder")
+                raise ConfigError(f"--out {path}: holds a run already; give another folder, or go on with --resume")
         except OSError as error:
             raise ConfigError(f"--out {path}: cannot be made: {error.strerror}") from None
-        return cls(path)
+        return cls(path, lock)
+
+    @classmethod
+    def resume(cls, path: Path) -> Self:
+        """Open the folder of a run that ended early.
+
+        Raises:
+            ConfigError: There is none, or another process writes there.
+        """
+        if not (path / "results.jsonl").is_file():
+            raise ConfigError(f"--resume {path}: holds no run (no results.jsonl)")
+        return cls(path, _locked(path, "--resume"))
+
+    def keep(self, wanted: Container[str], limits: dict[str, Any], *, retry_failed: bool = False) -> list[Record]:
+        """Keep the records that are wanted, and return them; the others go to `superseded.jsonl`.
+
+        Args:
+            wanted: The identities of the cells to run: a record of other code, another configuration or another
+                machine has none of them.
+            limits: What children may take now; what failed for other limits is run again.
+            retry_failed: Run again what has failed, whatever the reason.
+
+        Raises:
+            ConfigError: A line is no record.
+            CannotWrite: The disk is full.
+        """
+        file = self.path / "results.jsonl"
+        try:
+            records = read_records(file)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"--resume {self.path}: results.jsonl holds a line that is no record: {error}") from None
+
+        def stands(record: Record) -> bool:
+            if record.cell not in wanted or record.status == "interrupted":
+                return False
+            other_limits = record.status in LIMITED and record.environment.get("limits") != limits
+            return not other_limits and not (retry_failed and record.status in FAILED)
+
+        kept = list({record.cell: record for record in records if stands(record)}.values())
+        dropped = [record for record in records if not stands(record)]
+        RecordFile(file).replace(kept, dropped, self.path / "superseded.jsonl")
+        return kept
 
     def describe(self, experiment: Experiment | None, device: torch.device) -> None:
         """Write what is run, and where; what a command runs without an experiment is in its records."""
@@ -44,8 +98,26 @@ class RunFolder:
         (self.path / "environment.json").write_text(about + "\n", encoding="utf-8")
 
     def append(self, record: Record, traceback: str = "") -> None:
-        """Write one record, and the traceback of a cell that raised."""
+        """Write one record, and what is known beyond it of a cell that failed: a traceback, its last output.
+
+        Raises:
+            CannotWrite: The disk is full; the records before it are whole.
+        """
         RecordFile(self.path / "results.jsonl").append(record)
         if traceback:
-            with (self.path / "errors.log").open("a", encoding="utf-8") as file:
+            with suppress(OSError), (self.path / "errors.log").open("a", encoding="utf-8") as file:
                 file.write(f"{record.label}, {record.quantity}\n{traceback}\n")
+
+
+def _locked(path: Path, option: str) -> FileLock:
+    """Return the lock of a folder, taken.
+
+    Raises:
+        ConfigError: Another process has it.
+    """
+    lock = FileLock(path / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(f"{option} {path}: another run is writing there; give another folder") from None
+    return lock

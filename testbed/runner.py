@@ -1,8 +1,10 @@
 """Problem × cells → records: checks, then interleaved timing rounds, then memory and the check again."""
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -12,12 +14,14 @@ from backends.base import Unsupported
 from testbed import timing
 from testbed.agreement import Rule
 from testbed.cell import Cell, identity, source_hash
-from testbed.checks import refuse_without_gradients
-from testbed.dropout import random_dropouts, with_masks
+from testbed.child import Isolation, with_default
+from testbed.disturbances import Watch
 from testbed.environment import environment
-from testbed.problems import Problem
-from testbed.records import SCHEMA, Record, with_options
-from testbed.worker import ORDINARY, Outcome, Worker
+from testbed.host import Failed, Make, Setup
+from testbed.hosts import HOUSE, Children, Hosts, InProcess
+from testbed.records import FAILED, SCHEMA, Record, with_options
+from testbed.shield import shielded
+from testbed.worker import ORDINARY, Outcome
 
 AGAIN = "baseline again"  # the baseline under a second name: what it seems to differ from itself is noise
 
@@ -52,6 +56,7 @@ class Settings:
         rounds: Timing rounds at most.
         max_s: Seconds for the rounds of a quantity.
         warmup: Untimed calls after the first one.
+        precision: Half the width of a ratio's interval, relative to it, that is narrow enough to stop; 0 never is.
         baseline: The backend that times are divided by.
         seed: Seeds the order within rounds.
     """
@@ -61,6 +66,7 @@ class Settings:
     rounds: int = 30
     max_s: float = 20.0
     warmup: int = 1
+    precision: float = 0.0
     baseline: str | None = None
     seed: int = 0
 
@@ -70,12 +76,14 @@ Emit = Callable[[Record, str], None]
 
 
 def run(
-    make: Callable[[], Problem],
+    make: Make,
     about: Mapping[str, Any],
     cells: Sequence[Cell],
     settings: Settings,
     emit: Emit,
     progress: Progress | None = None,
+    isolation: Isolation | None = None,
+    finished: Container[str] = (),
 ) -> None:
     """Run cells on a problem; each becomes one record, whatever happens to it.
 
@@ -86,6 +94,8 @@ def run(
         settings: How to run them.
         emit: Takes each record.
         progress: Hears what is going on.
+        isolation: What the children may take that run the cells; None runs all in this process.
+        finished: Identities (see `identify`) of cells that have their record already.
 
     Raises:
         ProblemError: The problem cannot be made.
@@ -95,26 +105,54 @@ def run(
     by_quantity: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
         by_quantity.setdefault((cell.quantity, str(dict(cell.quantity_options))), []).append(cell)
-    groups = [_Group(dict(about), group, settings, emit, progress) for group in by_quantity.values()]
+    found = [
+        _Group(dict(about), group, settings, emit, progress, isolation, finished) for group in by_quantity.values()
+    ]
+    groups = [group for group in found if group.running]
+    if not groups:
+        return
+    setup = Setup(make, settings.seed, settings.rule)
+    labels = [label for group in groups for label in group.running]
     try:
-        progress.begin("problem", 2)
-        progress.step("data, model, training")
-        problem = make()
-        if random_dropouts(problem.model):
-            problem = with_masks(problem, settings.seed)
+        with _hosts(setup, isolation, torch.device(about["device"]), labels) as hosts:
+            progress.begin("problem", 2)
+            progress.step("data, model, training")
+            facts = hosts[HOUSE].make()
             for group in groups:
-                group.about["dropout"] = "the same masks for every backend"
-        progress.step("does every sample have a gradient of its own?")
-        refuse_without_gradients(problem)
-        for group in groups:
-            group.run(problem)
+                group.about |= facts
+            progress.step("does every sample have a gradient of its own?")
+            hosts[HOUSE].check()
+            hosts.settle()
+            for group in groups:
+                group.run(hosts)
     except Unsupported as error:
         for group in groups:
             group.end_all(Outcome(status="unsupported", reason=f"the problem: {error}"))
+    except Failed as failed:
+        for group in groups:
+            group.end_all(Outcome(failed.status, f"the problem: {failed.reason}", traceback=failed.details))
     except KeyboardInterrupt:
         for group in groups:
-            group.end_all(Outcome(status="interrupted", reason="stopped by Ctrl-C"))
+            group.end_all(Outcome(status="interrupted", reason="stopped by Ctrl-C or a signal"))
         raise
+
+
+def _hosts(setup: Setup, isolation: Isolation | None, device: torch.device, labels: Sequence[str]) -> Hosts:
+    return Children(setup, with_default(isolation, device), labels) if isolation else InProcess(setup)
+
+
+def identify(cell: Cell, about: Mapping[str, Any], settings: Settings, isolation: Isolation | None) -> str:
+    """Return the identity of a cell that is run here and now: a record that bears it need not be made again."""
+    return identity(cell, about, vars(settings), _environment(cell, about, isolation))
+
+
+def _environment(cell: Cell, about: Mapping[str, Any], isolation: Isolation | None) -> dict[str, Any]:
+    """Return what the record of a cell says of its surroundings."""
+    found = {**environment(torch.device(about["device"])), "backend_source": source_hash(cell.backend)}
+    found |= {"schema": SCHEMA, "processes": "one a backend" if isolation else "one"}
+    if isolation:
+        found["limits"] = {"timeout_s": isolation.timeout_s, "memory_gb": isolation.memory_gb}
+    return found
 
 
 class _Group:
@@ -127,75 +165,127 @@ class _Group:
         settings: Settings,
         emit: Emit,
         progress: Progress,
+        isolation: Isolation | None,
+        finished: Container[str],
     ) -> None:
         self.about, self.settings, self.emit, self.progress = about, settings, emit, progress
-        self.running = {cell.label: cell for cell in cells}  # what has no record yet
+        self.environments = {cell.label: _environment(cell, about, isolation) for cell in cells}
+        self.identities = {c.label: identity(c, about, vars(settings), self.environments[c.label]) for c in cells}
+        self.running = {c.label: c for c in cells if self.identities[c.label] not in finished}  # have no record yet
         self.outcomes: dict[str, Outcome] = {}
         self.samples: dict[str, list[timing.Sample]] = {}
         self.limit: dict[str, Any] = {}
         self.stopped_by = ""
-        self.quantity = cells[0].quantity
-        self.environment = environment(torch.device(about["device"]))
+        self.disturbances: list[str] = []
+        self.lost: set[str] = set()  # names beside the cells that can be timed no more
+        self.quantity, self.quantity_options = cells[0].quantity, cells[0].quantity_options
         wanted = settings.baseline or reference()
-        self.baseline = next((cell.label for cell in cells if cell.backend == wanted), None)
+        baseline = next((cell for cell in cells if cell.backend == wanted), None)
+        self.baseline = baseline.label if baseline else None
+        self.companion: str | None = None
+        if baseline and self.running and baseline.label not in self.running:
+            self.companion = baseline.label  # has its record, and runs again: a ratio needs both in the same rounds
+            self.running[baseline.label] = baseline
 
-    def run(self, problem: Problem) -> None:
+    def run(self, hosts: Hosts) -> None:
         """Start every cell, time in rounds those that agree, finish them; each that ends is emitted at once."""
-        first = next(iter(self.running.values()))
-        worker = Worker(problem, self.quantity, first.quantity_options, self.settings.rule)
         self.progress.begin(f"{self.quantity}: agreement", len(self.running))
+        with suppress(Failed):  # without a truth of all, each computes its own, and fails by itself where that fails
+            hosts[HOUSE].begin(self.quantity, self.quantity_options)
+            hosts[HOUSE].truth(fresh=False)
         for label, cell in list(self.running.items()):
             self.progress.step(label)
-            self.outcomes[label] = worker.start(cell)
-            if self.outcomes[label].status != "ok":
-                self.end(label)
+            self.step(hosts, label, partial(hosts[label].start, cell))
         if self.running:
-            with suppress(RuntimeError):  # no limit where the ordinary step itself does not fit, say
-                self.limit = worker.limit()
-            self.time(worker)
+            with suppress(Failed):
+                self.limit = hosts[HOUSE].limit()
+            self.time(hosts)
+            with suppress(Failed):
+                hosts[HOUSE].truth(fresh=True)
         self.progress.begin(f"{self.quantity}: memory, and agreement on fresh data", len(self.running))
         for label, cell in list(self.running.items()):
             self.progress.step(label)
-            worker.finish(cell, self.outcomes[label])
+            self.step(hosts, label, partial(hosts[label].finish, cell, self.outcomes[label]))
+            if label in self.running:
+                self.end(label)
+
+    def step(self, hosts: Hosts, label: str, work: Callable[[], Outcome]) -> None:
+        """Take a step of a cell, which ends if the step does not end well."""
+        try:
+            self.outcomes[label] = work()
+        except Failed as failed:
+            self.fail(label, failed)
+        if self.outcomes[label].status != "ok":
+            if self.outcomes[label].status in FAILED:
+                hosts.discard(label)
             self.end(label)
 
-    def time(self, worker: Worker) -> None:
+    def fail(self, label: str, failed: Failed) -> None:
+        """Write down that a step of a cell has failed."""
+        known = self.outcomes.get(label, Outcome())
+        wrong = failed.reason if failed.status == "disagrees" else known.diagnosis
+        self.outcomes[label] = replace(
+            known, status=failed.status, reason=failed.reason, diagnosis=wrong, traceback=failed.details
+        )
+
+    def time(self, hosts: Hosts) -> None:
         """Time every running cell, the ordinary step, and the baseline a second time, in shuffled rounds."""
         names = [*self.running, ORDINARY]
         if self.baseline in self.running:
-            worker.functions[AGAIN] = worker.functions[self.baseline]
             names.append(AGAIN)
+            try:
+                hosts[HOUSE].again(self.running[self.baseline], AGAIN)
+            except Failed:
+                self.lost.add(AGAIN)
         for name in names:
             for _ in range(self.settings.warmup):
-                self.time_once(worker, name)
+                self.time_once(hosts, name)
         self.samples = {name: [] for name in names}
         self.progress.begin(f"{self.quantity}: timing", self.settings.rounds)
-        count = 0
+        watch = Watch(torch.device(self.about["device"]), [os.getpid(), *hosts.pids()])
+        count, self.stopped_by = 0, ""
         for order in timing.rounds(names, self.settings.rounds, self.settings.max_s, self.settings.seed):
             count += 1
             self.progress.step(f"round {count}")
+            watch.look()
             for name in order:
-                ended = name not in self.running and name not in (ORDINARY, AGAIN)
-                if not ended and (sample := self.time_once(worker, name)):
+                if sample := self.time_once(hosts, name):
                     self.samples[name].append(sample)
-        self.stopped_by = "rounds" if count == self.settings.rounds else "max_s"
+            if self.is_precise():
+                self.stopped_by = "precision"
+                break
+        self.stopped_by = self.stopped_by or ("rounds" if count == self.settings.rounds else "max_s")
+        self.disturbances = watch.sentences()
 
-    def time_once(self, worker: Worker, name: str) -> timing.Sample | None:
+    def is_precise(self) -> bool:
+        """Return whether the ratios are known well enough for no more rounds to be needed."""
+        names = [*self.running, *({ORDINARY, AGAIN} - self.lost)]
+        mine = {name: self.samples[name] for name in names if self.samples.get(name)}
+        against = self.baseline if self.baseline in mine else ORDINARY
+        return against in mine and timing.precise(mine, against, self.settings.precision)
+
+    def time_once(self, hosts: Hosts, name: str) -> timing.Sample | None:
         """Time one call; a cell that fails in it ends."""
+        beside = name in (ORDINARY, AGAIN)
+        if name in self.lost or not (beside or name in self.running):
+            return None
+        label = HOUSE if beside else name
         try:
-            return worker.time(name)
-        except (Exception, SystemExit) as error:
-            if name in self.running:
-                self.outcomes[name].fail(error)
-                self.end(name)
+            return hosts[label].time(name)
+        except Failed as failed:
+            hosts.discard(label)
+            if beside:
+                self.lost.add(name)
+            else:
+                self.fail(label, failed)
+                self.end(label)
             return None
 
     def end(self, label: str) -> None:
         """Emit the record of a cell."""
         cell, outcome = self.running[label], self.outcomes.get(label, Outcome())
-        env = {**self.environment, "backend_source": source_hash(cell.backend), "schema": SCHEMA}
         record = Record(
-            cell=identity(cell, self.about, vars(self.settings), env),
+            cell=self.identities[label],
             experiment=self.settings.experiment,
             problem=dict(self.about),
             backend=cell.backend,
@@ -208,10 +298,12 @@ class _Group:
             phases=outcome.phases,
             timing={"native": backend_class(cell.backend).native(cell.quantity), **self.timing(label, outcome)},
             memory=outcome.memory,
-            environment=env,
+            environment={**self.environments[label], "disturbances": self.disturbances},
         )
-        self.emit(record, outcome.traceback)
-        del self.running[label]  # only now: a Ctrl-C in between must not lose the cell
+        with shielded():  # the record is written and crossed off, or neither
+            if label != self.companion:
+                self.emit(record, outcome.traceback)
+            del self.running[label]
 
     def end_all(self, outcome: Outcome) -> None:
         """Emit the records of all cells that have none yet, with what is known of them."""

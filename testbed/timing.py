@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 RESAMPLES = 2000
+ENOUGH = 10  # rounds before an interval is trusted to say that there are enough: from fewer it is too narrow
 CONFIDENCE = 0.95
 
 
@@ -84,6 +85,21 @@ def ratio(samples: Sequence[float], baseline: Sequence[float], seed: int = 0) ->
     resampled = np.median(a[index], axis=1) / np.median(b[index], axis=1)
     low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Ratio(float(np.median(a) / np.median(b)), float(low), float(high))
+
+
+def precise(samples: Mapping[str, Sequence[Sample]], baseline: str, precision: float) -> bool:
+    """Return whether the interval of every ratio to the baseline is narrow enough for no more rounds to be needed.
+
+    Args:
+        samples: Of each name, one a round.
+        baseline: The name that ratios are taken to.
+        precision: Half the width of an interval, relative to the ratio, that is narrow enough; 0 never is.
+    """
+    base = samples[baseline]
+    if not precision or len(base) < ENOUGH:
+        return False
+    found = [relative(mine, base) for name, mine in samples.items() if name != baseline and mine]
+    return all(r.high - r.low <= 2 * precision * r.value for r in found)
 
 
 def floor_of(against_itself: Ratio) -> float:

@@ -91,6 +91,25 @@ def test_a_sample_where_the_yardstick_is_off_too_is_listed() -> None:
     assert (found.agrees, found.ill_conditioned) == (True, (3,))
 
 
+def test_errors_are_those_of_the_samples() -> None:
+    t = truth()
+    found = Calibrated().judge(spoil(3, "weight", 1.01), t, [rounded(t)], no_draw, per_sample=True)
+    assert [i for i, error in found.errors if error > 1e-3] == [3]
+    assert [i for i, _ in found.errors] == list(range(N))
+
+
+def test_errors_of_a_choice_of_samples_have_the_batchs_indices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("testbed.referee.BUDGET", 0)
+    problem = make_problem("logistic", "random", "nll", batch_size=40)
+    referee = Referee(problem, "grads", {}, Calibrated())
+    finding = referee.precision(
+        get_backend("vmap").grads(problem.model, problem.loss_fn)(problem.inputs, problem.targets)
+    )
+    assert finding.agreement is not None
+    assert referee.chosen is not None
+    assert [i for i, _ in finding.agreement.errors] == referee.chosen.tolist()
+
+
 def test_same_function_forgives_rounding_only() -> None:
     t = truth()
     rounding, logic = ({k: x * (1 + e) for k, x in t.items()} for e in (1e-14, 1e-8))

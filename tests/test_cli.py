@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,7 +93,7 @@ def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
 
     def run(*arguments: object) -> Ended:
         try:
-            code = command_line.main([str(a) for a in arguments])
+            code = command_line.main([str(a) for a in arguments] + _in_process(arguments))
         except SystemExit as end:  # argparse
             code = int(end.code or 0)
         return Ended(code, *capsys.readouterr())
@@ -107,6 +107,11 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small.yaml").write_text(SMALL, encoding="utf-8")
     return tmp_path / "small.yaml"
+
+
+def _in_process(arguments: Sequence[object]) -> list[str]:
+    """Return the option that spares a run its child processes, which `test_isolation` is about."""
+    return ["--in-process"] if arguments and str(arguments[0]).endswith(".yaml") else []
 
 
 def plugin(folder: Path, text: str) -> Path:
@@ -164,9 +169,7 @@ class TestList:
 
     def test_names_come_with_a_line_and_their_options(self, call: Any) -> None:
         out = call("list", "backends").out
-        assert re.search(
-            r"^  vmap +`vmap\(grad\(loss\)\)` over the batch. \(options: chunk_size, randomness\)$", out, re.M
-        )
+        assert re.search(r"^  vmap +`vmap\(grad\(loss\)\)` over the batch. \(options: randomness\)$", out, re.M)
 
     def test_experiments(self, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(ROOT)
@@ -253,7 +256,10 @@ class TestUserErrors:
     def test_out_that_holds_a_run(self, call: Any, small: Path) -> None:
         (small.parent / "run").mkdir()
         (small.parent / "run" / "results.jsonl").write_text("{}\n", encoding="utf-8")
-        assert message(call(small, "--out", "run")) == "--out run: holds a run already; give another folder"
+        assert (
+            message(call(small, "--out", "run"))
+            == "--out run: holds a run already; give another folder, or go on with --resume"
+        )
 
     @pytest.mark.parametrize("out", ["small.yaml", "small.yaml/run"])
     def test_out_that_cannot_be_made(self, call: Any, small: Path, out: str) -> None:
@@ -374,7 +380,8 @@ class TestProcess:
         folder, ended = ran
         assert ended.code == 0
         assert ended.out.startswith("small: A small one.\ndevice: cpu\n")
-        assert ended.out.endswith(f"records in {folder}\n")
+        assert ended.out.endswith(f"records in {folder}\nreport in {folder}/report.html\n")
+        assert (folder / "report.html").exists()
 
     def test_table_has_every_backend_and_no_escape_codes(self, ran: tuple[Path, Ended]) -> None:
         _, ended = ran
@@ -445,7 +452,7 @@ class TestProcess:
             code, out, err = end(process)
         assert time.monotonic() - since < 10
         assert (code, err) == (130, "")
-        assert out.endswith(f"interrupted; what was measured is in {folder}\n")
+        assert f"interrupted; what was measured is in {folder}\n" in out
         cells = [(r.backend, r.status) for r in read_records(folder / "results.jsonl")]
         assert cells == [("naive", "interrupted"), ("vmap", "interrupted")]
 

@@ -571,7 +571,8 @@ backends: [vmap, {vmap: {chunk_size: [3, 4]}}, {opacus: {mode: ew}}]
 exclude: [{backend: {vmap: {chunk_size: 3}}, seed: [1, 2]}, {quantity: grads, model: mlp}]
 baseline: vmap
 agreement: {allclose: {atol: 1e-5, rtol: 0}}
-timing: {rounds: 3, max_s: 1.5, warmup: 0}
+timing: {rounds: 3, max_s: 1.5, warmup: 0, precision: 0.1}
+limits: {timeout_s: 60, memory_gb: 2.5}
 size: large
 sizes: {large: {seed: 4}, small: {batch_size: 1}}
 published: [{source: a paper, hardware: a GPU, what: it is fast, figure: 2.5, backend: vmap, quantity: grads}]

@@ -58,7 +58,9 @@ def run(folder: Path, names: str) -> Any:
     """Run an experiment with planted backends; return exit code and records by name."""
     (folder / "e.yaml").write_text(YAML % names)
     with kept_registries():
-        code = main([str(folder / "e.yaml"), "--plugin", str(HERE / "planted.py"), "--out", str(folder / "run")])
+        code = main(
+            [str(folder / "e.yaml"), "--plugin", str(HERE / "planted.py"), "--out", str(folder / "run"), "--in-process"]
+        )
     return code, {r.backend.removeprefix("planted_"): r for r in read_records(folder / "run" / "results.jsonl")}
 
 
@@ -81,7 +83,16 @@ def test_a_batch_larger_than_question_1_takes_is_explained_by_its_own_size(tmp_p
     """Question 1 looks at 16 samples; a backend that divides by N = 64 is 1/64 of the truth all the same."""
     (tmp_path / "e.yaml").write_text(YAML.replace("batch_size: 6", "batch_size: 64") % "planted_averaged")
     with kept_registries():
-        main([str(tmp_path / "e.yaml"), "--plugin", str(HERE / "planted.py"), "--out", str(tmp_path / "run")])
+        main(
+            [
+                str(tmp_path / "e.yaml"),
+                "--plugin",
+                str(HERE / "planted.py"),
+                "--out",
+                str(tmp_path / "run"),
+                "--in-process",
+            ]
+        )
     wrong = next(r for r in read_records(tmp_path / "run" / "results.jsonl") if r.status == "disagrees")
     assert wrong.diagnosis.startswith("every gradient is 1/64 of the truth")
 

@@ -53,6 +53,26 @@ def test_rounds_end_when_time_is_up_but_two_are_run() -> None:
     assert len(list(timing.rounds("ab", 20, max_s=0.0, seed=0))) == 2
 
 
+def calls(seconds: list[float]) -> list[timing.Sample]:
+    return [timing.Sample(s, s) for s in seconds]
+
+
+@pytest.mark.parametrize(
+    ("rounds", "precision", "enough"),
+    [(30, 0.1, True), (30, 0.001, False), (30, 0.0, False), (timing.ENOUGH - 1, 0.9, False)],
+    ids=["narrow", "wide", "never", "too few rounds to know"],
+)
+def test_rounds_are_enough_when_every_ratio_is_known_well(rounds: int, precision: float, enough: bool) -> None:
+    samples = {"base": calls(noisy(1.0, 1, rounds)), "other": calls(noisy(0.5, 2, rounds))}
+    assert timing.precise(samples, "base", precision) is enough
+
+
+def test_one_ratio_that_is_wide_asks_for_more_rounds() -> None:
+    wide = [random.Random(i).lognormvariate(0, 1) for i in range(30)]
+    samples = {"base": calls(noisy(1.0, 1)), "other": calls(noisy(1.0, 2)), "wide": calls(wide)}
+    assert not timing.precise(samples, "base", 0.1)
+
+
 def test_summary_keeps_outliers() -> None:
     samples = [timing.Sample(s, s) for s in [*noisy(1.0, 0), 50.0]]
     found = timing.summary(samples)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from backends import available
-from backends.base import BACKENDS, Unavailable
+from backends.base import BACKENDS, Backend, Unavailable
 from backends.registry import Registry, options_of
 from testbed.commands.plugins import add_plugin, load_plugins
 from testbed.load import load_experiment
@@ -39,7 +39,8 @@ def _entries(registry: Registry[Any]) -> list[tuple[str, str]]:
     for name in registry:
         thing = registry[name]
         about = next(iter((inspect.getdoc(thing) or "").splitlines()), "")
-        if options := ", ".join(options_of(thing)):
+        common = options_of(Backend) if registry is BACKENDS else {}
+        if options := ", ".join(option for option in options_of(thing) if option not in common):
             about += f" (options: {options})"
         if registry is BACKENDS:
             try:
@@ -47,6 +48,8 @@ def _entries(registry: Registry[Any]) -> list[tuple[str, str]]:
             except Unavailable as error:
                 about = f"unavailable: {error}"
         found.append((name, about))
+    if registry is BACKENDS:
+        found.append(("(every backend)", f"options: {', '.join(options_of(Backend))}"))
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 import testbed
-from testbed.api import about_problem, run_experiment, set_precision
+from testbed.api import about_problem, identities, isolated, run_experiment, set_precision
 from testbed.commands.plugins import add_plugin, load_plugins
 from testbed.experiment import Experiment, resolve_device
 from testbed.load import load_experiment
@@ -18,6 +18,7 @@ from testbed.problems import ProblemError
 from testbed.progress import progress
 from testbed.records import EXIT_INTERRUPTED, EXIT_OK, Record, exit_code
 from testbed.report import Report
+from testbed.report.page import draw_page
 from testbed.report.titles import title
 from testbed.run_folder import RunFolder
 
@@ -27,12 +28,16 @@ RUN_EXAMPLES = """examples:
   python -m testbed experiments/digits.yaml --device cuda --out runs/digits-on-gpu
   python -m testbed experiments/scaling.yaml --set 'batch_size=[1, 16]' --set 'quantities=[norms]'
   python -m testbed my.yaml --plugin my_model.py --dry-run
+  python -m testbed --resume runs/mnist-20260101-120000
 
 other commands, each with its own --help:
   python -m testbed list [backends|models|data|losses|experiments]
   python -m testbed precision EXPERIMENT.yaml     errors sample by sample, in several dtypes
   python -m testbed calibrate                     the check's own error rates
   python -m testbed conformance                   every layer and option of torch.nn × every backend
+  python -m testbed report DIR [DIR ...]          a run's page, several side by side; or the table as md, csv, latex
+  python -m testbed compare OLD NEW               cell by cell: better, worse, can't tell
+  python -m testbed doctor                        is this machine fit to measure on?
 
 exit codes: 0 as expected, 1 a backend is wrong, 2 usage, 3 a cell failed, 130 interrupted
 """
@@ -46,8 +51,17 @@ def main(arguments: Sequence[str]) -> int:
         epilog=RUN_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("experiment", metavar="EXPERIMENT.yaml", help="what to run; see experiments/README.md")
+    parser.add_argument(
+        "experiment", metavar="EXPERIMENT.yaml", nargs="?", help="what to run; see experiments/README.md"
+    )
     parser.add_argument("--out", metavar="DIR", type=Path, help="the run folder (default: runs/<name>-<time>)")
+    parser.add_argument(
+        "--resume", metavar="DIR", type=Path, help="go on with the run in this folder: run what has no valid record"
+    )
+    parser.add_argument("--retry-failed", action="store_true", help="with --resume: run again what has failed, too")
+    parser.add_argument(
+        "--in-process", action="store_true", help="run all in this process, for debugging; a crash then ends the run"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="instead of the experiment's")
     add_plugin(parser)
     parser.add_argument("--only", metavar="NAME,...", default="", help="only these backends of the experiment")
@@ -59,20 +73,39 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--version", action="version", version=version)
     options = parser.parse_args(arguments)
 
+    if options.experiment is None and options.resume is None:
+        parser.error("the following arguments are required: EXPERIMENT.yaml, or --resume DIR")
+    if options.resume and options.out:
+        parser.error("--resume DIR writes into DIR; --out is not allowed with it")
+    if options.retry_failed and not options.resume:
+        parser.error("--retry-failed is for --resume DIR")
+
     load_plugins(options.plugin)
+    file = options.experiment or options.resume / "experiment.yaml"
     chosen = [*options.set, *([f"device={options.device}"] if options.device else [])]
-    experiment = load_experiment(options.experiment, chosen, [n for n in options.only.split(",") if n])
+    experiment = load_experiment(file, chosen, [n for n in options.only.split(",") if n])
     device = resolve_device(experiment.device)
     if options.dry_run:
         return _dry_run(experiment, device)
-    name = Path(options.experiment).stem
-    folder = RunFolder.create(options.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    isolation = None if options.in_process else isolated(experiment, options.plugin)
+    kept: list[Record] = []
+    wanted: list[str] = []
+    if options.resume:
+        folder = RunFolder.resume(options.resume)
+        wanted = identities(experiment, device, isolation)
+        kept = folder.keep(wanted, experiment.limits.model_dump(), retry_failed=options.retry_failed)
+        name = kept[0].experiment if kept else file.stem
+    else:
+        name = Path(file).stem
+        folder = RunFolder.create(options.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     set_precision(experiment.problems[0])
     folder.describe(experiment, device)
     auto = " (auto)" if experiment.device == "auto" else ""
     print(f"{name}: {experiment.description.strip() or 'no description'}\ndevice: {device}{auto}")
     print(f"{_extent(experiment)}\n" if len(experiment.problems) > 1 or experiment.exclude else "", flush=True)
-    records: list[Record] = []
+    if options.resume:
+        print(f"resumed: {len(kept)} of {len(wanted)} cells have their record\n", flush=True)
+    records = list(kept)
 
     def emit(record: Record, traceback: str) -> None:
         records.append(record)
@@ -81,15 +114,19 @@ def main(arguments: Sequence[str]) -> int:
     interrupted, problem_error = False, None
     try:
         with progress() as shown:
-            run_experiment(experiment, name, device, emit, shown)
+            finished = {record.cell for record in kept}
+            run_experiment(experiment, name, device, emit, shown, isolation, finished)
     except KeyboardInterrupt:
         interrupted = True
     except ProblemError as error:
         if not records:
             raise
         problem_error = error
+    if options.resume:  # what was kept and what is new, in the order of a run in one go
+        records.sort(key=lambda record: wanted.index(record.cell))
     Report(records, experiment.published, experiment.size).print(Console())
     print(f"{'interrupted; what was measured is' if interrupted else 'records'} in {folder.path}")
+    draw_page(records, folder.path)
     if problem_error:
         raise problem_error
     return EXIT_INTERRUPTED if interrupted else exit_code(records, experiment.expect)

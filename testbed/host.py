@@ -1,0 +1,173 @@
+"""What runs the steps of cells: makes the problem once, then a worker for each quantity. Steps take plain data.
+
+A host may be in this process, or in a child (`testbed.child`) that takes the same steps over a pipe.
+"""
+
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+from testbed.agreement import Rule
+from testbed.cell import Cell
+from testbed.checks import refuse_without_gradients
+from testbed.dropout import random_dropouts, with_masks
+from testbed.problems import Problem
+from testbed.store import Store
+from testbed.timing import Sample
+from testbed.worker import Outcome, Worker, status_of
+
+Make = Callable[[], Problem]
+"""Makes the problem; where it is made in a child, it is pickled: a function of a module, or a `partial` of one."""
+
+
+class Failed(Exception):
+    """A step has failed: the status of the cell it belongs to, why in one line, and what is known beyond that."""
+
+    def __init__(self, status: str, reason: str, details: str = "") -> None:
+        super().__init__(status, reason, details)
+        self.status, self.reason, self.details = status, reason, details
+
+    def __str__(self) -> str:
+        """Return the reason."""
+        return self.reason
+
+    @classmethod
+    def of(cls, error: BaseException) -> "Failed":
+        """Return what an exception stands for."""
+        status, reason = status_of(error)
+        return cls(status, reason, "".join(traceback.format_exception(error)) if status == "error" else "")
+
+
+class Steps(Protocol):
+    """The steps of cells, in the order in which they are taken; each may raise `Failed`."""
+
+    def make(self) -> dict[str, Any]:
+        """Make the problem; return what records say of it that its names do not."""
+
+    def check(self) -> None:
+        """Refuse a problem without per-sample gradients; see `refuse_without_gradients`."""
+
+    def begin(self, quantity: str, options: Mapping[str, Any]) -> None:
+        """Begin with a quantity."""
+
+    def truth(self, fresh: bool) -> None:
+        """Compute the truth for those who share the store; nothing where there is none."""
+
+    def start(self, cell: Cell) -> Outcome:
+        """Import, prepare and call once, and ask whether the result agrees."""
+
+    def again(self, cell: Cell, name: str) -> None:
+        """Prepare a cell under another name, for timing only."""
+
+    def limit(self) -> dict[str, Any]:
+        """Measure the physical limit of the quantity on this device."""
+
+    def time(self, name: str) -> Sample:
+        """Time one call of a started cell, or of the ordinary step."""
+
+    def finish(self, cell: Cell, outcome: Outcome) -> Outcome:
+        """Measure memory, and ask again on fresh data."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that a host knows in advance.
+
+    Attributes:
+        problem: Makes the problem.
+        seed: Of the dropout masks.
+        rule: When a result agrees.
+        store: What hosts share, where there are several.
+    """
+
+    problem: Make
+    seed: int
+    rule: Rule
+    store: Store | None = None
+
+
+class Host:
+    """The steps, taken in this process."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self._quantity: tuple[str, dict[str, Any]] | None = None
+        self._worker: Worker | None = None
+
+    def make(self) -> dict[str, Any]:
+        """Make the problem; return what records say of it that its names do not.
+
+        Raises:
+            ProblemError: It cannot be made.
+        """
+        _, facts = self._made
+        return facts
+
+    def check(self) -> None:
+        """Refuse a problem without per-sample gradients.
+
+        Raises:
+            Unsupported: See `refuse_without_gradients`.
+        """
+        refuse_without_gradients(self._made[0])
+
+    def begin(self, quantity: str, options: Mapping[str, Any]) -> None:
+        """Begin with a quantity; what the one before has built is let go."""
+        if self._quantity != (quantity, dict(options)):
+            self._quantity, self._worker = (quantity, dict(options)), None
+            self._worker = Worker(self._made[0], quantity, options, self.setup.rule, self.setup.store)
+
+    def truth(self, fresh: bool) -> None:
+        """Compute the truth for those who share the store; nothing where there is none."""
+        self.worker.referee.share(fresh=fresh)
+
+    def start(self, cell: Cell) -> Outcome:
+        """Import, prepare and call once, and ask whether the result agrees."""
+        self.begin(cell.quantity, cell.quantity_options)
+        return self.worker.start(cell)
+
+    def again(self, cell: Cell, name: str) -> None:
+        """Prepare a cell under another name, for timing only."""
+        try:
+            self.worker.again(cell, name)
+        except (Exception, SystemExit) as error:
+            raise Failed.of(error) from error
+
+    def limit(self) -> dict[str, Any]:
+        """Measure the physical limit of the quantity on this device."""
+        try:
+            return self.worker.limit()
+        except RuntimeError as error:  # the ordinary step itself does not fit, say
+            raise Failed.of(error) from error
+
+    def time(self, name: str) -> Sample:
+        """Time one call of a started cell, or of the ordinary step."""
+        try:
+            return self.worker.time(name)
+        except (Exception, SystemExit) as error:
+            raise Failed.of(error) from error
+
+    def finish(self, cell: Cell, outcome: Outcome) -> Outcome:
+        """Measure memory, and ask again on fresh data."""
+        return self.worker.finish(cell, outcome)
+
+    @property
+    def worker(self) -> Worker:
+        """The worker of the quantity that was begun."""
+        if self._worker is None:
+            raise Failed("error", "nothing was begun in this process")
+        return self._worker
+
+    @cached_property
+    def _made(self) -> tuple[Problem, dict[str, Any]]:
+        store = self.setup.store
+        return store.kept("problem", self._make, mapped=False) if store else self._make()
+
+    def _make(self) -> tuple[Problem, dict[str, Any]]:
+        """Return the problem, with masks in place of dropout, and what records say of that."""
+        problem = self.setup.problem()
+        if not random_dropouts(problem.model):
+            return problem, {}
+        return with_masks(problem, self.setup.seed), {"dropout": "the same masks for every backend"}

@@ -1,0 +1,48 @@
+"""Signals that ask a run to stop, and the moments in which it cannot."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a run as Ctrl-C does: children are ended, and what was measured is kept."""
+    with _handling(_stop):
+        yield
+
+
+@contextmanager
+def shielded() -> Iterator[None]:
+    """Let a signal wait until the block has ended: a record is written and crossed off, or neither.
+
+    Raises:
+        KeyboardInterrupt: At the end, where there was a signal.
+    """
+    heard: list[int] = []
+    with _handling(lambda number, frame: heard.append(number)):
+        yield
+    if heard:
+        raise KeyboardInterrupt
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _handling(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # signals never come to another
+        yield
+        return
+    heeded = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]  # `nohup` ignores SIGHUP
+    before = {number: signal.signal(number, handler) for number in heeded}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old if old is not None else signal.SIG_DFL)

@@ -1,0 +1,127 @@
+"""What a backend does to its process ends its own cell, with the right status and the reason, and no other."""
+
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from testbed import autopsy
+from testbed.records import Record
+from tests.processes import LONG, SMALL, family, gone, records, start
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals and limits are Linux'")
+
+ENDS = {
+    "first_segfault": ("crash", r"killed by SIGSEGV .* in string_at .*; its last output: about to read address 0"),
+    "first_abort": ("crash", r"killed by SIGABRT .* in \w+ \(failing\.py:\d+\)"),
+    "first_exit": ("crash", "ended its process with exit code 0"),
+    "first_exit_7": ("crash", "ended its process with exit code 7"),
+    "first_killed": ("crash", r"killed by SIGKILL \(killed\)"),
+    "first_hang": ("timeout", r".* took longer than 15 s \(limits.timeout_s\)"),
+    "first_host_memory": ("oom", r".*can't allocate memory.* \(limits.memory_gb: 5\)"),
+    "first_poisoned": ("error", r"AcceleratorError: CUDA error: an illegal memory access .*\(failing.py:\d+.*"),
+    "first_interrupts": ("error", r"KeyboardInterrupt: not the user \(failing.py:\d+.*"),
+    "first_flood": ("error", "wrote more than 64 MiB .* in one step; its last output: I am still here"),
+    "timed_segfault": ("crash", "killed by SIGSEGV .*"),
+}
+ALL = f"""{SMALL}
+limits: {{timeout_s: 15, memory_gb: 5}}
+timing: {{rounds: 3, max_s: 30}}
+backends: [naive, vmap, {", ".join(ENDS)}]
+"""
+TWICE = f"""{SMALL}
+quantities: [grads, norms]
+timing: {{rounds: 2, max_s: 30}}
+backends: [naive, first_segfault, first_cuda_memory]
+"""
+
+
+class Ran(NamedTuple):
+    """A run that has ended."""
+
+    code: int
+    out: str
+    records: dict[str, Record]
+    left: list[Any]  # its processes
+    folder: Path
+
+
+def run(folder: Path, text: str) -> Ran:
+    (folder / "e.yaml").write_text(text, encoding="utf-8")
+    with start(folder / "e.yaml", "--out", folder / "run", TMPDIR=str(folder)) as process:
+        for line in process.stderr:
+            if "agreement" in line:
+                left = family(process)
+                break
+        out, err = process.communicate(timeout=LONG)
+    assert "Traceback" not in out + err
+    return Ran(process.returncode, out, {f"{r.label} {r.quantity}": r for r in records(folder / "run")}, left, folder)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    return run(tmp_path_factory.mktemp("isolation"), ALL)
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_failure_ends_its_cell_with_status_and_reason(ran: Ran, name: str) -> None:
+    status, reason = ENDS[name]
+    record = ran.records[f"{name} grads"]
+    assert record.status == status
+    assert re.fullmatch(reason, record.reason)
+
+
+@pytest.mark.parametrize("name", ["naive", "vmap"])
+def test_the_others_are_measured_as_if_nothing_had_been(ran: Ran, name: str) -> None:
+    record = ran.records[f"{name} grads"]
+    assert (record.status, len(record.timing["samples_s"]), record.timing["stopped_by"]) == ("ok", 3, "rounds")
+    assert record.environment["processes"] == "one a backend"
+    assert record.environment["limits"] == {"timeout_s": 15, "memory_gb": 5}
+
+
+def test_nothing_is_left_behind(ran: Ran) -> None:
+    """No process, neither a child nor what a backend has started, and none of the files that children share."""
+    assert ran.code == 3
+    assert len(ran.left) > len(ENDS)
+    assert gone(ran.left)
+    assert list(ran.folder.glob("testbed-*")) == []
+
+
+def test_the_last_output_of_what_crashed_is_kept(ran: Ran) -> None:
+    log = (ran.folder / "run" / "errors.log").read_text(encoding="utf-8")
+    assert re.search(
+        r"^first_segfault, grads\nabout to read address 0\nFatal Python error: Segmentation fault", log, re.M
+    )
+
+
+def test_the_next_cell_of_a_failed_backend_has_a_fresh_child(tmp_path: Path) -> None:
+    ended = run(tmp_path, TWICE).records
+    assert {name: r.status for name, r in ended.items()} == {
+        "naive grads": "ok",
+        "first_segfault grads": "crash",
+        "first_cuda_memory grads": "oom",
+        "naive norms": "ok",
+        "first_segfault norms": "ok",
+        "first_cuda_memory norms": "ok",
+    }
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "oom_killed", "status", "reason"),
+    [
+        (-signal.SIGKILL, "", True, "oom", "killed by SIGKILL (killed): the system was out of memory"),
+        (-signal.SIGTERM, "a\nb\n\n", False, "crash", "killed by SIGTERM (terminated); its last output: b"),
+        (1, "terminate called\n  what():  std::bad_alloc\n", False, "oom", "exit code 1; its last output: what():"),
+        (-250, "", False, "crash", "killed by signal 250"),
+        (None, "\x1b[31mred", False, "crash", "broke the connection; its last output: ?[31mred"),
+        (3, "x" * 500, False, "crash", "x" * autopsy.LONGEST),
+    ],
+)
+def test_cause(code: int | None, said: str, oom_killed: bool, status: str, reason: str) -> None:
+    found = autopsy.cause(code, said, oom_killed)
+    assert found[0] == status
+    assert reason in found[1]
+    assert "\n" not in found[1]
