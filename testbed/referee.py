@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from backends import get_backend, reference
-from backends.base import LossFn, clip_factors, own_copy, trainable
-from backends.batch import Batch, apply, call, size, take
+from backends.base import LossFn, clip_factors, trainable
+from backends.batch import Batch, apply, size, take
 from testbed.agreement import (
     PER_SAMPLE,
     Agreement,
@@ -31,6 +31,7 @@ from testbed.agreement import (
 from testbed.diagnosis import explain, explain_calls
 from testbed.form import nonfinite, wrong_form
 from testbed.mistakes import often_meant
+from testbed.ordinary import weighted_gradient
 from testbed.problems import Problem
 from testbed.store import Store
 
@@ -151,17 +152,9 @@ class Referee:
         return [found] if all(t.isfinite().all() for t in found.values()) else []  # one of NaN measures nothing
 
     def _backward_of_clipped(self, fresh: bool) -> Result:
-        wide, run = self.wide, self.run
-        lengths = get_backend(reference()).norms(wide.model, wide.loss_fn)(*batch_of(wide, fresh))
+        lengths = get_backend(reference()).norms(self.wide.model, self.wide.loss_fn)(*batch_of(self.wide, fresh))
         factors = clip_factors(lengths, self.options.get("max_norm", 1.0))
-        model, (inputs, targets) = own_copy(run.model), batch_of(run, fresh)
-        parameters = trainable(model)
-        dtype = getattr(torch, self.autocast or "float32")
-        with torch.enable_grad(), torch.autocast(run.device.type, dtype, enabled=self.autocast is not None):
-            losses = run.loss_fn(call(model, inputs), targets)
-            total = (losses * factors.to(losses.dtype)).sum()
-        grads = torch.autograd.grad(total, list(parameters.values()), allow_unused=True, materialize_grads=True)
-        return dict(zip(parameters, grads, strict=True))
+        return weighted_gradient(self.run, batch_of(self.run, fresh), factors, self.autocast)
 
     def _whole(self, fresh: bool) -> Result:
         """Return what has the form of the whole batch's result; it takes no memory."""

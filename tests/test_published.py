@@ -17,6 +17,7 @@ from testbed.load import load_experiment
 from testbed.problems import Problem, ProblemError
 from testbed.records import Record
 from testbed.report import Report
+from testbed.report.page import write_page
 from tests.test_report import record
 
 FOLDER = README.parent / "published"
@@ -128,3 +129,17 @@ def test_what_was_not_measured_here_is_said(other: dict[str, str]) -> None:
 def test_a_publication_without_a_figure_is_named_and_the_size_too() -> None:
     nothing = shown({"what": "", "figure": None}, record("vmap", 2), size="small")
     assert nothing == "Published / here, at size 'small' • Paper (GPU): states no figure for this."
+
+
+def test_the_page_of_a_run_shows_what_its_experiment_says_is_published(tmp_path: Path) -> None:
+    (tmp_path / "experiment.yaml").write_text("size: small\npublished: [{source: Paper, what: It is fast.}]\n")
+    text = write_page([record("vmap", 2)], tmp_path).read_text(encoding="utf-8")
+    assert "Published / here, at size &#39;small&#39;" in text
+    assert "<li>Paper: It is fast.</li>" in text
+
+
+@pytest.mark.parametrize("experiment", [None, "published: 3", "[]", "published: [{sorce: A}]", "a: ["])
+def test_a_page_without_publications_is_a_page(experiment: str | None, tmp_path: Path) -> None:
+    if experiment:
+        (tmp_path / "experiment.yaml").write_text(experiment)
+    assert "Published" not in write_page([record("vmap", 2)], tmp_path).read_text(encoding="utf-8")

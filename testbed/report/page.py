@@ -15,8 +15,9 @@ from testbed.records import Record
 from testbed.report import columns, draw, units
 from testbed.report.figures import Figure, figures
 from testbed.report.notes import notes
+from testbed.report.published import comparisons, heading
 from testbed.report.rows import Places, Row, device_of, rows_of
-from testbed.report.runs import Run, last_of_each
+from testbed.report.runs import Run, run_of
 from testbed.report.verdict import Trouble, headline, is_backend, troubles, verdicts
 
 GOOD = "Nothing is wrong: every backend that ran agrees with the truth."
@@ -58,7 +59,7 @@ def write_page(records: Iterable[Record], folder: Path) -> Path:
     Returns:
         The page's path, `folder/report.html`; the figures are in `folder/figures`, as PNG and SVG.
     """
-    return write_pages([Run(folder.resolve().name, last_of_each(list(records)))], folder)
+    return write_pages([run_of(list(records), folder)], folder)
 
 
 def draw_page(records: Iterable[Record], folder: Path) -> None:
@@ -114,6 +115,7 @@ def render(runs: Sequence[Run], rows: Sequence[Row], shown: Sequence[Shown]) -> 
         where=Places.of(rows).shared(rows[0]),
         side_by_side=side_by_side(runs, rows),
         notes=_notes(rows),
+        published=_published(runs),
         figures=shown,
         settings=settings(runs),
     )
@@ -210,6 +212,15 @@ def _notes(rows: Sequence[Row]) -> dict[str, list[str]]:
             groups[place(row)].append(row.record)
     said = {name: notes(records) for name, records in groups.items()}
     return {name: found for name, found in said.items() if found}
+
+
+def _published(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Return {heading: what publications say, and what was measured here of the same}; of several runs with names."""
+    return {
+        f"{run.name}: {heading(run.size)}" if len(runs) > 1 else heading(run.size): said
+        for run in runs
+        if (said := list(comparisons(run.published, run.records)))
+    }
 
 
 def _inline(svg: str, figure: Figure) -> Markup:

@@ -1,11 +1,14 @@
 """Run folders → runs: their records, whatever version wrote them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pydantic import ValidationError
+
+from testbed.experiment import Published
 from testbed.records import Record, read_records
-from testbed.yaml_source import ConfigError
+from testbed.yaml_source import ConfigError, read
 
 
 @dataclass(frozen=True)
@@ -15,10 +18,14 @@ class Run:
     Attributes:
         name: What the page calls it: the folder's name.
         records: One for each cell; of a cell that was run again, the last.
+        published: What publications say of such cells; the experiment names them.
+        size: The size of the experiment, where it has several.
     """
 
     name: str
     records: tuple[Record, ...]
+    published: tuple[Published, ...] = ()
+    size: str | None = None
 
 
 def load_run(path: Path) -> Run:
@@ -41,8 +48,19 @@ def load_run(path: Path) -> Run:
         raise ConfigError(f"{file}: {error}; this should be a run's results.jsonl") from None
     if not records:
         raise ConfigError(f"{file}: holds no record")
-    folder = file.parent.resolve()
-    return Run(folder.name if file.name == "results.jsonl" else file.stem, last_of_each(records))
+    if file.name == "results.jsonl":
+        return run_of(records, file.parent)
+    return Run(file.stem, last_of_each(records))
+
+
+def run_of(records: Sequence[Record], folder: Path) -> Run:
+    """Return the run of these records in a folder, whose `experiment.yaml` says what is published, if it is there."""
+    try:
+        found = read(folder / "experiment.yaml").data
+        published = tuple(Published.model_validate(entry) for entry in found.get("published") or ())
+        return Run(folder.resolve().name, last_of_each(records), published, found.get("size"))
+    except (ConfigError, ValidationError, AttributeError, TypeError):  # no such file, or of another version
+        return Run(folder.resolve().name, last_of_each(records))
 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:
@@ -50,7 +68,7 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     runs: list[Run] = []
     for run in map(load_run, paths):
         same = sum(other.name == run.name or other.name.startswith(f"{run.name} (") for other in runs)
-        runs.append(Run(f"{run.name} ({same + 1})" if same else run.name, run.records))
+        runs.append(replace(run, name=f"{run.name} ({same + 1})") if same else run)
     return runs
 
 
