@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import testbed.__main__ as command_line
-from testbed.compare import compare, differences, unpaired
+from testbed.comparison import compare, differences, unpaired
 from testbed.records import Record, RecordFile
 from tests.made_up import MACHINE, record, times
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from testbed.compare import VERDICTS, Change, compare, devices, differences, drift, floor
+from testbed.comparison import VERDICTS, Change, compare, devices, differences, drift, floor
 from testbed.records import EXIT_OK, EXIT_REGRESSION
 from testbed.report import units
 from testbed.report.runs import Run, load_run
