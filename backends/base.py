@@ -144,6 +144,11 @@ class Backend(ABC):
         """Return whether the backend has its own way to a quantity, not the default derived from `grads`."""
         return getattr(cls, quantity) is not getattr(Backend, quantity)
 
+    @classmethod
+    def way(cls, quantity: str) -> bool | None:
+        """Return whether its way to a quantity is native; None where it does not compute it at all."""
+        return cls.native(quantity) if quantity in cls.quantities else None
+
 
 BackendType = TypeVar("BackendType", bound=type[Backend])
 

@@ -296,7 +296,7 @@ class _Group:
             agreement={"rule": type(self.settings.rule).__name__.lower(), **outcome.agreement},
             diagnosis=outcome.diagnosis,
             phases=outcome.phases,
-            timing={"native": backend_class(cell.backend).native(cell.quantity), **self.timing(label, outcome)},
+            timing={"native": backend_class(cell.backend).way(cell.quantity), **self.timing(label, outcome)},
             memory=outcome.memory,
             environment={**self.environments[label], "disturbances": self.disturbances},
         )

@@ -18,6 +18,7 @@ from testbed.report.notes import ill_conditioned, notes
 from testbed.report.published import comparisons, heading
 from testbed.report.titles import Titles, titles
 
+WAYS = {True: "native", False: "derived", None: "–"}
 ALIGN_LEFT = ("backend", "status", "way", "quantity", "N", "cheapest", "next")  # columns that are words
 
 
@@ -189,7 +190,7 @@ def _row(r: Record) -> tuple[str, ...]:
     return (
         r.label,
         _status(r),
-        ("native" if t["native"] else "derived") if "native" in t else "–",
+        WAYS[t.get("native")],
         _median(t),
         against,
         units.ratio(step.get("ratio")),
