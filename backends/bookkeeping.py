@@ -32,7 +32,7 @@ from backends.base import (
     trainable,
 )
 from backends.batch import Batch
-from backends.ops.pages import empty
+from backends.ops.pages import Pool
 from backends.ops.persample import PerSample
 from backends.ops.taps import Passes
 from backends.running import library_call
@@ -59,13 +59,13 @@ class Bookkeeping(Backend):
 
     def grads(self, model: nn.Module, loss_fn: LossFn) -> GradsFn:
         """Build the passes that make every g_i; see the contract."""
-        kept: Named = {}
+        pool, kept = Pool(), dict[str, Tensor]()
 
         def memory(name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
             if not self.reuse_buffers:
-                return empty(shape, like)
+                return pool.empty(shape, like)
             if name not in kept or (kept[name].shape, kept[name].dtype) != (shape, like.dtype):
-                kept[name] = empty(shape, like)
+                kept[name] = pool.empty(shape, like)
             return kept[name]
 
         return _contracting(

@@ -13,7 +13,7 @@ from backends.base import Unsupported, own_copy
 from backends.ops import persample
 from backends.ops.conv import CHOSEN, Correlation, by_patches, grouped
 from backends.ops.linear import Scattered
-from backends.ops.pages import LARGE, empty
+from backends.ops.pages import LARGE, Pool
 from backends.ops.persample import Dense, Outer, PerSample, added
 from backends.ops.taps import Passes
 from tests.asserts import assert_close
@@ -243,12 +243,20 @@ def test_reused_buffers_are_the_same_memory_only_where_asked(monkeypatch: pytest
         assert_close(second, get_backend("naive").grads(model, squares)(real(N, 5) + 1, real(N))["0.weight"])
 
 
-def test_large_memory_is_fresh_and_may_be_written() -> None:
-    first, second = (empty((3, LARGE), torch.zeros(0, dtype=torch.bfloat16)) for _ in range(2))
+def test_memory_is_given_out_again_once_nobody_holds_it() -> None:
+    pool, like = Pool(), torch.zeros(0, dtype=torch.bfloat16)
+    first = pool.empty((3, LARGE), like)
+    place, part = first.data_ptr(), first[1]
     assert (first.shape, first.dtype) == ((3, LARGE), torch.bfloat16)
-    assert first.data_ptr() != second.data_ptr()
-    first[1, 5] = 1
-    assert second[1, 5] == 0
+    del first
+    assert pool.empty((3, LARGE), like).data_ptr() != place, "a part of it is held"
+    del part
+    assert pool.empty((3, LARGE), like).data_ptr() == place
+
+
+def test_memory_outlives_its_pool() -> None:
+    block = Pool().empty((LARGE,), torch.zeros(0))
+    assert block.fill_(1).sum() == LARGE
 
 
 def test_under_autocast_results_are_in_the_parameters_dtype() -> None:

@@ -1,21 +1,38 @@
-"""Memory for large results. On a CPU most of the time of writing into fresh memory goes into its pages, one by one."""
+"""Memory for large results on a CPU, where most of the time of writing into fresh memory goes into its pages.
+
+A result's memory is given out again once nobody holds the result, as CUDA's allocator does by itself; the tutorial's
+gradients then take half the time. Huge pages would do as well, but on fragmented memory the kernel makes room for them
+first, which takes longer than everything else.
+"""
 
 import mmap
-from contextlib import suppress
+import sys
+from collections import defaultdict
 from math import prod
 
 import torch
 from torch import Tensor
 
 LARGE = 2**25  # bytes; below, the allocator gives memory again that it has had before
+OURS = 3  # references to a block that nobody holds: the pool's, the loop's, and that of `getrefcount` itself
 
 
-def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Return fresh memory of the dtype and on the device of `like`; on Linux in huge pages where it is large."""
-    size = prod(shape) * like.element_size()
-    if like.device.type != "cpu" or size < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return like.new_empty(shape)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=like.dtype).view(shape)  # the tensor keeps the memory
+class Pool:
+    """Blocks of memory by size. A tensor in a block holds it, so that its reference count says whether it is free."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, list[mmap.mmap]] = defaultdict(list)
+
+    def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Return memory that nobody else holds, of the dtype and on the device of `like`; its values are arbitrary."""
+        size = prod(shape) * like.element_size()
+        if like.device.type != "cpu" or size < LARGE:
+            return like.new_empty(shape)
+        return torch.frombuffer(self._block(size), dtype=like.dtype).view(shape)
+
+    def _block(self, size: int) -> mmap.mmap:
+        for block in self._blocks[size]:
+            if sys.getrefcount(block) <= OURS:
+                return block
+        self._blocks[size].append(mmap.mmap(-1, size))
+        return self._blocks[size][-1]
