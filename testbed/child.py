@@ -20,6 +20,7 @@ import psutil
 import torch
 
 from testbed import autopsy
+from testbed.attempt import Attempt
 from testbed.cell import Cell
 from testbed.host import Failed, Setup
 from testbed.output import FLOOD, Output
@@ -40,6 +41,7 @@ WORDS = {
     "start": "preparing, the first call and its check",
     "time": "a timed call",
     "finish": "memory and the last check",
+    "attempt": "making the batch, preparing and two calls",
 }
 
 
@@ -130,6 +132,10 @@ class Child:
     def finish(self, cell: Cell, outcome: Outcome) -> Outcome:
         """See `Steps`."""
         return self._named(self._ask("finish", cell, outcome))
+
+    def attempt(self, cell: Cell | None) -> Attempt:
+        """See `Host`."""
+        return self._ask("attempt", cell)  # type: ignore[no-any-return]
 
     def kill(self) -> None:
         """End the process, and every process that it has started."""
