@@ -25,6 +25,7 @@ from testbed.cell import Cell
 from testbed.host import Failed, Setup
 from testbed.output import FLOOD, Output
 from testbed.serving import BYTES, serve
+from testbed.shield import held_back
 from testbed.timing import Sample
 from testbed.worker import Outcome
 
@@ -80,7 +81,12 @@ class Child:
         self._oom_kills = autopsy.oom_kills()
         about = pickle.dumps((setup, torch.get_num_threads(), isolation.memory_gb))
         self._process = SPAWN.Process(target=serve, args=(theirs, writer, isolation.plugins, about))
-        self._process.start()
+        try:
+            with held_back():  # until it is in a group of its own, it would die of a Ctrl-C with many words
+                self._process.start()
+        except KeyboardInterrupt:
+            self._process.kill()  # nobody has it yet who would
+            raise
         theirs.close()
         writer.close()
         self._output = Output(reader, self.kill)

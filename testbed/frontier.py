@@ -19,6 +19,7 @@ from testbed.experiment import Experiment, Workload
 from testbed.host import Failed, Setup
 from testbed.problems import Problem, ProblemError
 from testbed.records import FAILED, as_line, with_options
+from testbed.report.titles import title
 from testbed.runner import Progress
 from testbed.worker import ORDINARY
 
@@ -109,8 +110,8 @@ class Frontier:
 
     @property
     def is_bounded(self) -> bool:
-        """Whether memory (or the problem itself) ended it: a larger batch does not fit."""
-        return self.end.status not in (MOST, "timeout", "interrupted")
+        """Whether a larger batch does not fit; not where something else than the backend's own failure ended it."""
+        return self.end.status not in (MOST, "timeout", "problem", "interrupted")
 
     @property
     def failed(self) -> bool:
@@ -210,14 +211,19 @@ class Explorer:
             ProblemError: The problem cannot be made.
             KeyboardInterrupt: Again, after the try that was running has been written down.
         """
-        self._progress.begin("does every sample have a gradient of its own?", 0)
+        self._progress.begin(f"{title(group[0].about)}: does every sample have a gradient of its own?", 0)
         refusal = self._refusal(group[0].problem)
+        if refusal:
+            self.refuse(group, refusal)
+            return
         for f in group:
-            if refusal:
-                self._note(f, Try(0, "unsupported", refusal))
-                continue
             self._progress.begin(", ".join(filter(None, (f.quantity, f.label))), 0)
             search(partial(self._try, f), self._start, f.most)
+
+    def refuse(self, group: Sequence[Frontier], reason: str) -> None:
+        """Write down that there is nothing to try: the problem cannot be made, or has no per-sample gradients."""
+        for f in group:
+            self._note(f, Try(0, "unsupported", reason))
 
     def _refusal(self, problem: Workload) -> str:
         """Return why the problem has no per-sample gradients; empty where it has."""

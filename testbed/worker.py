@@ -32,7 +32,11 @@ from testbed.store import Store
 
 ORDINARY = "ordinary step"
 SHORT = 0.01  # seconds; a shorter call has an untimed one before it, or waking up is measured (2× at 100 µs)
-NO_MEMORY = re.compile("can't allocate memory|CUDA error: out of memory|STATUS_ALLOC_FAILED")  # cuBLAS, cuDNN
+NO_MEMORY = re.compile(
+    "can't allocate memory|CUDA error: out of memory"
+    "|STATUS_ALLOC_FAILED"  # cuBLAS, cuDNN
+    "|could not execute a primitive"  # oneDNN says no more than that when its scratch memory cannot be had
+)
 Fn = Callable[[Batch, Tensor], Any]
 T = TypeVar("T")
 

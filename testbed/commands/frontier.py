@@ -18,7 +18,7 @@ from testbed.api import isolated
 from testbed.child import with_default
 from testbed.commands.plugins import add_plugin, load_plugins
 from testbed.experiment import resolve_device
-from testbed.frontier import MOST, PRECISION, Explorer, Frontier, Line, plan
+from testbed.frontier import MOST, PRECISION, Explorer, Frontier, plan
 from testbed.load import load_experiment
 from testbed.problems import ProblemError
 from testbed.progress import progress
@@ -36,11 +36,11 @@ EPILOG = f"""examples:
   python -m testbed frontier experiments/mnist.yaml --set limits.memory_gb=2 --set 'quantities=[norms]'
   python -m testbed frontier experiments/published/gpt2.yaml --start 4 --set limits.timeout_s=60
 
-N is doubled until a batch does not fit, then bisected: a batch {100 * PRECISION:.0f} % larger (or one sample larger) was tried and
-does not fit. Each try has a fresh process, prepares, and calls twice; the second call is timed. Batches are limited by
-limits.memory_gb on a CPU (left out: nine tenths of what is free), by the GPU's own memory on CUDA. A try ends after
-limits.timeout_s; then there is no bisection. The experiment's batch_size, train_steps, agreement and expect are not
-used: no result is checked here.
+N is doubled until a batch does not fit, then bisected: one {100 * PRECISION:.0f} % larger (or one sample larger)
+was tried too and does not fit. Each try has a fresh process, prepares, and calls twice; the second call is timed.
+limits.memory_gb bounds a try on a CPU (left out: nine tenths of what is free), the GPU's own memory on CUDA.
+limits.timeout_s ends a try; there is no bisection then. The experiment's batch_size, train_steps, agreement and
+expect are not used: no result is checked here.
 
 exit codes: 0 all searches ended, 2 usage, 3 a backend crashed or raised an error, or not even the first batches fit,
 130 interrupted
@@ -88,11 +88,13 @@ def main(arguments: Sequence[str]) -> int:
                     explorer.explore(group)
                 except ProblemError as error:
                     problem_error = problem_error or error
+                    explorer.refuse(group, str(error))
     except KeyboardInterrupt:
         interrupted = True
-    if any(f.tries for f in frontiers):
-        _show(frontiers, Console())
-        _draw(frontiers, folder.path / "figures")
+    if problem_error and not any(f.fitting for f in frontiers):
+        raise problem_error
+    _show(frontiers, Console())
+    _draw(frontiers, folder.path / "figures")
     if problem_error:
         raise problem_error
     print(f"{'interrupted; what was found is' if interrupted else 'tries and figures'} in {folder.path}")
@@ -122,9 +124,12 @@ def _show(frontiers: Sequence[Frontier], console: Console) -> None:
             grid.add_row(*map(Text, (f.label, _largest(f), f.end.status, _best(f), _share(f, rows[-1]))))
         console.print(Text(heading, style="bold"))
         console.print(grid, "")
-        notes = [f"• {f.label}, {_at(f)}{f.end.reason}" for f in rows if f.end.status not in OBVIOUS]
-        for note in notes:
-            console.print(Text(note))
+        notes: dict[str, list[str]] = {}  # several often end for one reason
+        for f in rows:
+            if f.end.status not in OBVIOUS:
+                notes.setdefault(f"{_at(f)}{f.end.reason}", []).append(f.label)
+        for reason, labels in notes.items():
+            console.print(Text(f"• {', '.join(labels)}, {reason}"))
         if notes:
             console.print()
     console.print(Text("No result was checked here: `python -m testbed EXPERIMENT.yaml` does that.\n"))
