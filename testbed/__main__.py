@@ -19,6 +19,7 @@ COMMANDS = (  # all else is an experiment to run
     "compare",
     "conformance",
     "doctor",
+    "frontier",
     "list",
     "precision",
     "report",

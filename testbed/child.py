@@ -20,10 +20,12 @@ import psutil
 import torch
 
 from testbed import autopsy
+from testbed.attempt import Attempt
 from testbed.cell import Cell
 from testbed.host import Failed, Setup
 from testbed.output import FLOOD, Output
 from testbed.serving import BYTES, serve
+from testbed.shield import held_back
 from testbed.timing import Sample
 from testbed.worker import Outcome
 
@@ -40,6 +42,7 @@ WORDS = {
     "start": "preparing, the first call and its check",
     "time": "a timed call",
     "finish": "memory and the last check",
+    "attempt": "making the batch, preparing and two calls",
 }
 
 
@@ -78,7 +81,12 @@ class Child:
         self._oom_kills = autopsy.oom_kills()
         about = pickle.dumps((setup, torch.get_num_threads(), isolation.memory_gb))
         self._process = SPAWN.Process(target=serve, args=(theirs, writer, isolation.plugins, about))
-        self._process.start()
+        try:
+            with held_back():  # until it is in a group of its own, it would die of a Ctrl-C with many words
+                self._process.start()
+        except KeyboardInterrupt:
+            self._process.kill()  # nobody has it yet who would
+            raise
         theirs.close()
         writer.close()
         self._output = Output(reader, self.kill)
@@ -130,6 +138,10 @@ class Child:
     def finish(self, cell: Cell, outcome: Outcome) -> Outcome:
         """See `Steps`."""
         return self._named(self._ask("finish", cell, outcome))
+
+    def attempt(self, cell: Cell | None) -> Attempt:
+        """See `Host`."""
+        return self._ask("attempt", cell)  # type: ignore[no-any-return]
 
     def kill(self) -> None:
         """End the process, and every process that it has started."""

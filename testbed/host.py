@@ -10,13 +10,14 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from testbed.agreement import Rule
+from testbed.attempt import Attempt, attempt
 from testbed.cell import Cell
 from testbed.checks import refuse_without_gradients
 from testbed.dropout import random_dropouts, with_masks
-from testbed.problems import Problem
+from testbed.problems import Problem, ProblemError
 from testbed.store import Store
 from testbed.timing import Sample
-from testbed.worker import Outcome, Worker, status_of
+from testbed.worker import Outcome, Worker, lack_of_memory, status_of
 
 Make = Callable[[], Problem]
 """Makes the problem; where it is made in a child, it is pickled: a function of a module, or a `partial` of one."""
@@ -152,6 +153,21 @@ class Host:
     def finish(self, cell: Cell, outcome: Outcome) -> Outcome:
         """Measure memory, and ask again on fresh data."""
         return self.worker.finish(cell, outcome)
+
+    def attempt(self, cell: Cell | None) -> Attempt:
+        """Prepare and call twice, of a cell or (None) of the ordinary step; no other step is needed before it.
+
+        Raises:
+            ProblemError: The problem cannot be made, but not for want of memory.
+        """
+        try:
+            return attempt(self._made[0], cell)
+        except ProblemError as error:
+            if not lack_of_memory(error):
+                raise
+            raise Failed("oom", f"the batch itself: {error}") from error
+        except (Exception, SystemExit) as error:
+            raise Failed.of(error) from error
 
     @property
     def worker(self) -> Worker:

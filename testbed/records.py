@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 SCHEMA = 1  # of a record; a later reader knows by it what an earlier version wrote
 
@@ -74,7 +74,12 @@ class Record:
 
     def to_json(self) -> str:
         """Return the record as one line of JSON."""
-        return json.dumps(_jsonable(asdict(self)), ensure_ascii=False, allow_nan=False)
+        return as_line(asdict(self))
+
+
+def as_line(data: Mapping[str, Any]) -> str:
+    """Return plain data as one line of JSON."""
+    return json.dumps(_jsonable(data), ensure_ascii=False, allow_nan=False)
 
 
 def with_options(name: str, options: Mapping[str, Any]) -> str:
@@ -87,13 +92,25 @@ class CannotWrite(Exception):
     """A record cannot be written: the disk is full, say. One line: which file and why, and what is safe."""
 
 
+class Line(Protocol):
+    """What can be written as a line: a `Record`, or what another command finds."""
+
+    def to_json(self) -> str:
+        """Return it as one line of JSON."""
+
+
 class RecordFile:
-    """A run folder's `results.jsonl`; each record is whole on disk before the next cell starts."""
+    """A run folder's `results.jsonl`, say; each record is whole on disk before the next cell starts.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: The file.
+        advice: What to do where it cannot be written.
+    """
 
-    def append(self, record: Record) -> None:
+    def __init__(self, path: Path, advice: str = "free some space and go on with --resume") -> None:
+        self.path, self.advice = path, advice
+
+    def append(self, record: Line) -> None:
         """Write one record as a line, and wait until the disk has it.
 
         Raises:
@@ -106,7 +123,7 @@ class RecordFile:
         except OSError as error:
             with suppress(OSError):
                 os.truncate(self.path, size)  # half a line would spoil the file
-            saved = "the records before it are whole; free some space and go on with --resume"
+            saved = f"the records before it are whole; {self.advice}"
             raise CannotWrite(f"{self.path}: cannot be written: {error.strerror}; {saved}") from None
 
     def replace(self, records: Sequence[Record], dropped: Sequence[Record], into: Path) -> None:
@@ -181,7 +198,7 @@ def exit_code(records: Iterable[Record], expect: Mapping[str, str] | None = None
 
 def _jsonable(value: Any) -> Any:  # noqa: ANN401  recursion over plain data
     """Return plain data with numbers that JSON has no word for as text: "nan", "inf"."""
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {str(k): _jsonable(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_jsonable(v) for v in value]

@@ -17,6 +17,7 @@ from testbed.yaml_source import ConfigError
 
 LIMITED = ("timeout", "oom")  # statuses that another limit may change
 LOCK = ".lock"
+RESULTS = "results.jsonl"
 
 
 @dataclass(frozen=True)
@@ -32,19 +33,24 @@ class RunFolder:
     lock: FileLock = field(repr=False, compare=False)
 
     @classmethod
-    def create(cls, path: Path) -> Self:
+    def create(cls, path: Path, holds: str = RESULTS) -> Self:
         """Make the folder.
+
+        Args:
+            path: Where.
+            holds: The file that will hold its records.
 
         Raises:
             ConfigError: It cannot be made, or holds another run.
         """
-        results = path / "results.jsonl"
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock = _locked(path, "--out")
-            results.touch()
-            if results.stat().st_size:  # a run that ended before its first record may be repeated here
-                raise ConfigError(f"--out {path}: holds a run already; give another folder, or go on with --resume")
+            (path / holds).touch()
+            for file in path.glob("*.jsonl"):
+                if file.stat().st_size:  # a run that ended before its first record may be repeated here
+                    resume = ", or go on with --resume" if file.name == holds == RESULTS else ""
+                    raise ConfigError(f"--out {path}: holds a run already; give another folder{resume}")
         except OSError as error:
             raise ConfigError(f"--out {path}: cannot be made: {error.strerror}") from None
         return cls(path, lock)

@@ -19,6 +19,7 @@ from backends.base import Unsupported, first_line
 from testbed import autopsy
 from testbed.host import Failed, Host
 from testbed.problems import ProblemError
+from testbed.shield import let_through
 
 BYTES = 1e9  # in a GB
 
@@ -26,6 +27,7 @@ BYTES = 1e9  # in a GB
 def serve(pipe: Connection, output: Connection, plugins: Sequence[str], about: bytes) -> None:
     """Take steps from a pipe until it ends; this is what runs in the child."""
     os.setsid()  # out of reach of the terminal's Ctrl-C; a group of its own, to be ended as one
+    let_through()
     _die_with_parent()
     for stream in (1, 2):
         os.dup2(output.fileno(), stream)

@@ -4,6 +4,7 @@ The steps of a cell: `start` (import, prepare, first call, both questions), then
 (memory, the question again on fresh data). The runner decides the order. Nothing here prints or writes.
 """
 
+import re
 import time
 import traceback
 import warnings
@@ -31,6 +32,11 @@ from testbed.store import Store
 
 ORDINARY = "ordinary step"
 SHORT = 0.01  # seconds; a shorter call has an untimed one before it, or waking up is measured (2× at 100 µs)
+NO_MEMORY = re.compile(
+    "can't allocate memory|CUDA error: out of memory"
+    "|STATUS_ALLOC_FAILED"  # cuBLAS, cuDNN
+    "|could not execute a primitive"  # oneDNN says no more than that when its scratch memory cannot be had
+)
 Fn = Callable[[Batch, Tensor], Any]
 T = TypeVar("T")
 
@@ -292,18 +298,29 @@ def ordinary_step(problem: Problem) -> Fn:
 
 def status_of(error: BaseException) -> tuple[str, str]:
     """Return the status and the one-line reason that an exception stands for."""
+    if lack := lack_of_memory(error):
+        return "oom", first_line(lack)
     if isinstance(error, Unsupported):
         return "unsupported", first_line(error)
     if isinstance(error, Broken):
         return "disagrees", first_line(error)
     if isinstance(error, Unavailable):
         return "unavailable", first_line(error)
-    out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-    if out_of_memory:
-        return "oom", first_line(error)
     frame = traceback.extract_tb(error.__traceback__)[-1]
     file = frame.filename.rsplit("/", 1)[-1]
     return "error", f"{type(error).__name__}: {first_line(error)} ({file}:{frame.lineno}, in {frame.name})"
+
+
+def lack_of_memory(error: BaseException | None) -> BaseException | None:
+    """Return the lack of memory that an exception is, or was raised from; None where there is none.
+
+    On a CPU PyTorch raises a RuntimeError like any other, which a backend may take for its library's refusal.
+    """
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or NO_MEMORY.search(str(error)):
+            return error
+        error = error.__cause__
+    return None
 
 
 @contextmanager

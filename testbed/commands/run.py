@@ -37,6 +37,7 @@ other commands, each with its own --help:
   python -m testbed conformance                   every layer and option of torch.nn × every backend
   python -m testbed report DIR [DIR ...]          a run's page, several side by side; or the table as md, csv, latex
   python -m testbed compare OLD NEW               cell by cell: better, worse, can't tell
+  python -m testbed frontier EXPERIMENT.yaml      the largest batch that fits, and the time of a sample up to it
   python -m testbed doctor                        is this machine fit to measure on?
 
 exit codes: 0 as expected, 1 a backend is wrong, 2 usage, 3 a cell failed, 130 interrupted

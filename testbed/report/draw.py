@@ -29,6 +29,7 @@ PALETTE = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 LINES = {ORDINARY: "--", LIMIT: ":"}
 WIDTH = 4.2  # inches: at a column's 3.4 its text is of 7.7 points, on a phone of 10 pixels
+ENDS = {"oom": "x", "timeout": "|", "--most": ">"}  # what a search for the largest batch ended by; all else: "*"
 UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 STYLE: Any = {
@@ -140,6 +141,32 @@ def scaling(lines: Mapping[str, Sequence[Row]], colours: Colours) -> "Figure":
         found = [getattr(r, value) for rows in lines.values() for r in rows if getattr(r, value)]
         _log(axes, "y", found, units.seconds if value == "median" else units.size)
     panels[-1].set_xlabel("batch size N")
+    figure.legend(loc="outside lower center", ncols=2, handlelength=2.2)
+    return figure
+
+
+def frontier(lines: Mapping[str, Sequence[tuple[int, float]]], ends: Mapping[str, str], colours: Colours) -> "Figure":
+    """Draw the time of a sample against the batch size, one line a backend, marked where and by what it ended.
+
+    Args:
+        lines: Of each name, (N, seconds a sample), the smallest N first; at least one.
+        ends: Of each name, what ended it.
+        colours: Of the backends.
+    """
+    figure, (axes,) = _figure(8)
+    for name, points in lines.items():
+        colour, marker = colours.get(name, (INK, ""))
+        style: dict[str, Any] = {"ls": LINES.get(name, "-"), "lw": 1.1 if name in LINES else 1.6, "ms": 4.5}
+        axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=name, **style)
+        axes.plot(*points[-1], ENDS.get(ends[name], "*"), color=INK, ms=9, mew=1.6, mfc="none", zorder=3)
+    for end in dict.fromkeys(ends[name] for name in lines):
+        axes.plot([], [], ENDS.get(end, "*"), color=INK, ms=8, mew=1.6, mfc="none", label=f"ended by {end}")
+    sizes, found = zip(*(point for points in lines.values() for point in points), strict=True)
+    _log(axes, "y", [min(found) / 1.4, max(found) * 1.4], units.seconds)
+    axes.set(xscale="log", xlabel="batch size N", ylabel="time of a sample")
+    doubled = [2**k for k in range(max(sizes).bit_length()) if 2**k >= min(sizes)] or [min(sizes)]
+    axes.set_xticks(shown := thinned(doubled, 6), [str(n) for n in shown])
+    axes.minorticks_off()
     figure.legend(loc="outside lower center", ncols=2, handlelength=2.2)
     return figure
 
