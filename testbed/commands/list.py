@@ -56,7 +56,7 @@ def _entries(registry: Registry[Any]) -> list[tuple[str, str]]:
 def _experiments() -> list[tuple[str, str]]:
     here = Path("experiments")
     folder = here if here.is_dir() else Path(__file__).parent.parent.parent / "experiments"
-    return [(str(f), _description(f)) for f in sorted(folder.glob("**/*.yaml"))]
+    return [(str(f), _description(f)) for f in sorted(folder.glob("**/*.yaml")) if "results" not in f.parts]
 
 
 def _description(file: Path) -> str:
