@@ -590,7 +590,8 @@ def test_everything_comes_back_from_yaml(load: Any) -> None:
 @pytest.mark.parametrize("only", [[], ["vmap"]], ids=["all", "only vmap"])
 def test_experiments_of_the_house_come_back_from_yaml(load: Any, file: Path, only: list[str]) -> None:
     resolved = load(load_experiment(file, only=only).to_yaml())
-    assert [c.name for c in resolved.resolved_backends()] == (only or available_in(file))
+    names = available_in(file)
+    assert [c.name for c in resolved.resolved_backends()] == [n for n in names if n in only or not only]
     assert load(resolved.to_yaml()) == resolved
 
 
