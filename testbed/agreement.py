@@ -65,6 +65,7 @@ class Agreement:
         ill_conditioned: Samples that only the cloud excuses, or that the reference is as far off on.
         errors: (sample, ‖g−t‖(i) / ‖t(i)‖) of each sample that was checked, where the question is how precise it is and
             the quantity has samples.
+        nonfinite: Where the truth itself is NaN or infinite, in words; there is nothing to compare there.
     """
 
     agrees: bool
@@ -75,6 +76,7 @@ class Agreement:
     sample: int | None
     ill_conditioned: tuple[int, ...] = ()
     errors: tuple[tuple[int, float], ...] = ()
+    nonfinite: str = ""
 
 
 def as_rows(result: Result, quantity: str) -> Rows:
@@ -192,7 +194,7 @@ class AllClose(Rule):
         """Compare every number with the yardstick's; see `torch.allclose`."""
         y = {name: t.double() for name, t in yardsticks[0].items()}
         gaps = {name: (result[name].double() - t).abs() / (self.atol + self.rtol * t.abs()) for name, t in y.items()}
-        excess = torch.stack([gap.amax(1) for gap in gaps.values()], 1)
+        excess = torch.stack([gap.amax(1) for gap in gaps.values()], 1).where(norms(truth).isfinite(), 0)
         return _answer("allclose", excess, distance(result, truth), truth, (), per_sample)
 
 
@@ -229,7 +231,7 @@ def same_function_base(truth: Rows) -> Tensor:
 
 def _roundings(truth: Rows, u: float) -> Tensor:
     """Return max(u·‖t(i,p)‖, u/16·‖t(i)‖) [R, P]: what nobody can be blamed for."""
-    size = norms(truth)
+    size = _sizes(truth)
     return u * torch.maximum(size, _over_parameters(size) / 16)
 
 
@@ -249,7 +251,7 @@ def _answer(
 ) -> Agreement:
     """Return the answer from error and excess [R, P]; a NaN in the excess is a disagreement."""
     row, column = divmod(int(excess.nan_to_num(nan=torch.inf).argmax()), excess.shape[1])
-    relative = error / _over_parameters(norms(truth)).clamp_min(TINY)
+    relative = error / _over_parameters(_sizes(truth)).clamp_min(TINY)
     shown = per_sample and question != "same function"  # that one is about logic
     samples = enumerate(relative.norm(dim=1).tolist()) if shown else ()
     return Agreement(
@@ -274,13 +276,22 @@ def norms(rows: Rows) -> Tensor:
 
 
 def distance(result: Rows, truth: Rows) -> Tensor:
-    """Return ‖g−t‖(i,p) [R, P] in float64, a few rows at a time: fresh memory costs more than the arithmetic."""
+    """Return ‖g−t‖(i,p) [R, P] in float64, zero where the truth is not finite: there is nothing to compare.
+
+    It goes a few rows at a time: fresh memory costs more than the arithmetic.
+    """
     columns = []
     for name, t in truth.items():
         step = max(1, CHUNK // max(1, t.shape[1]))
         parts = zip(result[name].split(step), t.split(step), strict=True)
         columns.append(torch.cat([torch.linalg.vector_norm(a.double() - b.double(), dim=1) for a, b in parts]))
-    return torch.stack(columns, 1)
+    found = torch.stack(columns, 1)
+    return found if found.isfinite().all() else found.where(norms(truth).isfinite(), 0)
+
+
+def _sizes(truth: Rows) -> Tensor:
+    """Return ‖t(i,p)‖ [R, P], zero where it is not finite."""
+    return norms(truth).nan_to_num(0, 0, 0)
 
 
 def _over_parameters(norms: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from testbed.agreement import Result, Rows, norms
@@ -60,14 +59,30 @@ def _dtype(t: Tensor) -> str:
 
 def nonfinite(result: Rows, truth: Rows) -> str | None:
     """Return where a result is NaN or infinite though the truth is not; None where it is finite."""
-    if norms(result).isfinite().all():  # cheaper than looking at every number
-        return None
-    bad = {name: ~t.isfinite() & truth[name].isfinite() for name, t in result.items()}
-    names = [f"`{name}`" for name, b in bad.items() if b.any()]
-    if not names:
-        return None
-    rows = torch.stack([b.any(1) for b in bad.values()]).any(0)
-    return f"nonfinite numbers in {shown(names)}, {which(rows)}"
+    bad = ~norms(result).isfinite()
+    return f"nonfinite numbers in {_places(bad, truth)}" if bad.any() and (bad := bad & _finite(truth)).any() else None
+
+
+def hidden(result: Rows, truth: Rows) -> str | None:
+    """Return where a result is finite though the truth is NaN or infinite: a broken sample must show."""
+    bad = ~_finite(truth) & norms(result).isfinite()
+    return f"finite numbers in {_places(bad, truth)}, where the truth is not finite" if bad.any() else None
+
+
+def not_finite(truth: Rows) -> str:
+    """Return where the truth itself is NaN or infinite; an empty string where it is nowhere."""
+    bad = ~_finite(truth)
+    return _places(bad, truth) if bad.any() else ""
+
+
+def _finite(rows: Rows) -> Tensor:
+    """Return which rows of which parameters are finite [R, P]."""
+    return norms(rows).isfinite()
+
+
+def _places(bad: Tensor, truth: Rows) -> str:
+    names = [f"`{name}`" for name, b in zip(truth, bad.T, strict=True) if b.any()]
+    return f"{shown(names)}, {which(bad.any(1))}" if len(bad) > 1 else shown(names)
 
 
 def which(rows: Tensor) -> str:

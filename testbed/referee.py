@@ -29,7 +29,7 @@ from testbed.agreement import (
     norms,
 )
 from testbed.diagnosis import explain, explain_calls
-from testbed.form import nonfinite, wrong_form
+from testbed.form import hidden, nonfinite, not_finite, wrong_form
 from testbed.mistakes import often_meant
 from testbed.ordinary import weighted_gradient
 from testbed.problems import Problem
@@ -132,7 +132,7 @@ class Referee:
     def nondeterminism(self) -> float:
         """Return how far two runs of the reference are apart, relative to the result; 0 where they are equal."""
         first, *others = (as_rows(y, self.quantity) for y in self.yardsticks())
-        total = norms(first).norm()
+        total = norms(first).nan_to_num(0, 0, 0).norm()
         gaps = [distance(other, {k: t.double() for k, t in first.items()}).norm() for other in others]
         return max((float(gap / total) for gap in gaps if gap), default=0.0)
 
@@ -196,11 +196,14 @@ class Referee:
         rows, right = as_rows(result, self.quantity), as_rows(truth, self.quantity)
         if bad := nonfinite(rows, right):
             return Finding("nonfinite", bad)
-        agreement = judge(rows, right)
+        if lost := hidden(rows, right):
+            return Finding("disagrees", lost)
+        agreement = replace(judge(rows, right), nonfinite=not_finite(right))
         if agreement.agrees:
             return Finding("ok", agreement=agreement)
+        rows, right = finite_parts(rows), finite_parts(right)
         if again:
-            repeated = [as_rows(pick(again()) if pick else again(), self.quantity) for _ in range(2)]
+            repeated = [finite_parts(as_rows(pick(again()) if pick else again(), self.quantity)) for _ in range(2)]
             if unsteady := explain_calls([rows, *repeated], right):
                 return Finding("disagrees", unsteady, agreement)
         others = self._often_meant(problem, fresh)
@@ -301,6 +304,11 @@ def sizes(problem: Problem) -> dict[str, int]:
         tokens = problem.targets[0].numel()
         found |= {"the number of targets a sample": tokens, "the number of targets in the batch": tokens * problem.n}
     return found
+
+
+def finite_parts(rows: Rows) -> Rows:
+    """Return rows with zero in place of what is not finite, which no explanation is about."""
+    return {name: t.nan_to_num(0, 0, 0) for name, t in rows.items()}
 
 
 def choose(n: int, most: int) -> Tensor | None:

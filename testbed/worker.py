@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from backends import backend_class, get_backend, reference
-from backends.base import Backend, Unavailable, Unsupported, first_line, first_line_of, own_copy, trainable
+from backends.base import BACKENDS, Backend, Unavailable, Unsupported, first_line, first_line_of, own_copy, trainable
 from backends.batch import Batch, apply, call, tensors
 from testbed import memory, timing
 from testbed.agreement import Rule, as_rows, norms
@@ -105,7 +105,7 @@ class Worker:
         """Import, prepare and call once, and ask whether the result agrees."""
         outcome = Outcome()
         try:
-            if cell.options.get("compile"):
+            if _compiles(cell):
                 COMPILATIONS.listen()
             cls = backend_class(cell.backend)
             _, outcome.phases["import_s"] = _timed(cls.load)
@@ -159,11 +159,11 @@ class Worker:
             with _listening(outcome):
                 outcome.memory = memory.peak(lambda: fn(p.inputs, p.targets), p.device)
                 kept = fn(p.inputs, p.targets)
-                before = norms(as_rows(kept, self.quantity)).clone()
+                before = self._norms(kept)
                 fresh = self._in_place(p.fresh_inputs, p.fresh_targets)
                 again = self._referee_of(cell).precision(fn(*fresh), lambda: fn(*fresh), fresh=True)
                 outcome.take("again", again)
-                if cell.options.get("compile"):
+                if _compiles(cell):
                     recompiled = self.recompiles[cell.label] + COMPILATIONS.since(before_finish)[0]
                     outcome.phases["recompiles"] = recompiled
                 if outcome.status != "ok":
@@ -183,7 +183,7 @@ class Worker:
         """Return whether an earlier result has changed, of a backend that has not said that it will."""
         if not get_backend(cell.backend, **cell.options).keeps_results:
             return False
-        return not torch.equal(norms(as_rows(kept, self.quantity)), before)
+        return not torch.equal(self._norms(kept), before)
 
     def _let_go(self) -> None:
         """Give memory back that only the check has needed: others run on the same device."""
@@ -210,12 +210,14 @@ class Worker:
             for parameter in p.model.parameters():
                 if parameter.is_floating_point():
                     parameter.mul_(0.75)
-        same = torch.equal(norms(as_rows(fn(p.inputs, p.targets), self.quantity)), before)
-        stale = same and not torch.allclose(
-            norms(as_rows(reference_fn(p.inputs, p.targets), self.quantity)), before, rtol=1e-2
-        )
+        same = torch.equal(self._norms(fn(p.inputs, p.targets)), before)
+        stale = same and not torch.allclose(self._norms(reference_fn(p.inputs, p.targets)), before, rtol=1e-2)
         self._restore()
         return stale
+
+    def _norms(self, result: Any) -> Tensor:  # noqa: ANN401  a result
+        """Return what tells results apart; NaN equals itself here."""
+        return norms(as_rows(result, self.quantity)).nan_to_num()
 
     def limit(self) -> dict[str, Any]:
         """Measure the physical limit of the quantity on this device, as plain data."""
@@ -247,7 +249,7 @@ class Worker:
         result, seconds = _timed(lambda: fn(p.inputs, p.targets), p.device)
         compiled, compile_s = COMPILATIONS.since(before)
         outcome.phases["first_call_s"] = seconds - compile_s
-        if cell.options.get("compile"):
+        if _compiles(cell):
             outcome.phases |= {"compile_s": compile_s, "compiled": compiled}
         referee = self._referee_of(cell)
         outcome.agreement["checked_samples"] = referee.run.n
@@ -281,6 +283,11 @@ class Worker:
 
 class Broken(Exception):
     """A backend breaks its contract: what it did, in one line."""
+
+
+def _compiles(cell: Cell) -> bool:
+    """Return whether a cell's backend is asked to compile, by its options or by default."""
+    return bool(BACKENDS.check(cell.backend, cell.options)["compile"])
 
 
 def ordinary_step(problem: Problem) -> Fn:

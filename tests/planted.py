@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from backends import get_backend
 from backends.base import Backend, GradsFn, LossFn, Named, register
 from backends.batch import Batch
+from backends.execution import compiled
 
 Spoil = Callable[[Named], Any]
 
@@ -44,6 +45,37 @@ def plant(name: str, spoil: Spoil) -> None:
 
 for _name, _spoil in SPOILT.items():
     plant(_name, _spoil)
+
+
+@register("planted_finite")
+@dataclass(frozen=True)
+class Finite(Backend):
+    """Hides what is not finite: NaN and infinity are zero."""
+
+    def grads(self, model: nn.Module, loss_fn: LossFn) -> GradsFn:
+        right = get_backend("vmap").grads(model, loss_fn)
+        return lambda inputs, targets: {k: t.nan_to_num(0, 0, 0) for k, t in right(inputs, targets).items()}
+
+
+@register("planted_recompiled")
+@dataclass(frozen=True)
+class Recompiled(Backend):
+    """Right, but what it compiles depends on a number that every call changes."""
+
+    compile: bool = True
+
+    own_modes: ClassVar[frozenset[str]] = frozenset({"compile"})
+
+    def grads(self, model: nn.Module, loss_fn: LossFn) -> GradsFn:
+        right, calls = get_backend("vmap").grads(model, loss_fn), [0]
+        shifted = compiled(lambda t, count: t + count - count)
+
+        def fn(inputs: Batch, targets: Tensor) -> Named:
+            calls[0] += 1
+            shifted(targets, float(calls[0]))
+            return right(inputs, targets)
+
+        return fn
 
 
 @register("planted_drifting")

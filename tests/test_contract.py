@@ -2,15 +2,25 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 
 from backends import available, backend_class, get_backend, variants
-from backends.base import QUANTITIES, Backend, Unavailable, Unsupported, own_copy, trainable
-from backends.batch import apply, call, size, take
+from backends.base import (
+    QUANTITIES,
+    Backend,
+    GradsFn,
+    LossFn,
+    Named,
+    Unavailable,
+    Unsupported,
+    own_copy,
+    trainable,
+)
+from backends.batch import Batch, apply, call, size, take
 from backends.rows import tensors_in
 from testbed.agreement import Calibrated, as_rows, distance
 from testbed.integrity import Snapshot
@@ -223,6 +233,28 @@ def test_chunks_change_nothing(name: str, options: dict[str, int], quantity: str
     assert_close(run(get_backend(name, **options), case, quantity), truth(case.name, quantity))
 
 
+@pytest.mark.parametrize("quantity", [q for q in QUANTITIES if q != "grads"])
+@pytest.mark.parametrize("options", [{"chunk_size": 2}, {"chunk_bytes": 2 * 34 * 8}], ids=str)  # 34 float64 a sample
+def test_a_derived_quantity_never_holds_more_than_a_chunk(options: dict[str, int], quantity: str, run: Run) -> None:
+    case, sizes = named("mlp"), []
+
+    @dataclass(frozen=True)
+    class Recording(Backend):
+        def grads(self, model: torch.nn.Module, loss_fn: LossFn) -> GradsFn:
+            right = get_backend("vmap").grads(model, loss_fn)
+
+            def fn(inputs: Batch, targets: torch.Tensor) -> Named:
+                sizes.append(size(inputs))
+                return right(inputs, targets)
+
+            return fn
+
+    many = replace(case, inputs=case.inputs.repeat(3, 1), targets=case.targets.repeat(3))
+    assert_close(run(Recording(**options), many, quantity), run(get_backend("naive"), many, quantity))
+    assert max(sizes) == 2
+    assert len(sizes) >= size(many.inputs) / 2
+
+
 @pytest.mark.parametrize("quantity", QUANTITIES)
 @pytest.mark.parametrize("name", available())
 def test_autocast_is_near_the_reference_under_autocast(name: str, quantity: str, run: Run) -> None:
@@ -236,10 +268,12 @@ def test_autocast_is_near_the_reference_under_autocast(name: str, quantity: str,
         assert (a - b).norm() <= 0.1 * b.norm()
 
 
-def test_a_compiled_transform_is_the_same_function() -> None:
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("name", ["vmap", "naive"])  # by the backend itself, and by what wraps any
+def test_a_compiled_backend_is_the_same_function(name: str) -> None:
     case = named("mlp")
     for quantity in ("grads", "norms"):
-        fn = getattr(get_backend("vmap", compile=True), quantity)(case.model, case.loss_fn)
+        fn = getattr(get_backend(name, compile=True), quantity)(case.model, case.loss_fn)
         assert_close(fn(case.inputs, case.targets), truth("mlp", quantity))
 
 

@@ -1,5 +1,6 @@
 """Reports: one table a problem and quantity, what is the same said once, prices in words, and who wins where."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -33,6 +34,12 @@ def record(backend: str, price: float | None, quantity: str = "grads", native: b
 
 def lines(*records: Record) -> list[str]:
     return [line.rstrip() for line in str(Report(records)).splitlines()]
+
+
+def test_what_disturbed_the_rounds_is_said_once() -> None:
+    busy = {**ENVIRONMENT, "disturbances": ["other programs used 0.9 of 2 cores"]}
+    records = [replace(record(b, 2.0), environment=busy) for b in ("naive", "vmap")]
+    assert str(Report(records)).count("• While the rounds ran: other programs used 0.9 of 2 cores.") == 1
 
 
 def summary(*records: Record) -> list[tuple[str, ...]]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import testbed
-from backends import available, backend_class
+from backends import available, backend_class, load_plugin
 from testbed.__main__ import main
 from testbed.records import Record, read_records
 from tests.cases import Functional, cross_entropy, mlp
@@ -127,6 +127,10 @@ def _seeded() -> Iterator[None]:
         yield
 
 
+def flat(report: testbed.Report) -> str:
+    return " ".join(str(report).split())
+
+
 def computes(record: Record) -> bool:
     """Return whether a record's backend computes its quantity at all."""
     return record.quantity.partition("(")[0] in backend_class(record.backend).quantities
@@ -236,6 +240,38 @@ class TestCompare:
         snapshot = Snapshot(model)
         testbed.compare(model, cross_entropy, x, y, rounds=2)
         assert snapshot.change() is None
+
+    def test_sample_whose_gradient_is_not_finite_is_reported(self) -> None:
+        root = Functional(lambda s, x: s.a(x).abs().sqrt(), a=nn.Linear(5, 2, bias=False))  # no slope at zero
+        inputs = torch.randn(6, 5)
+        inputs[2] = 0
+        backends = ["naive", "vmap", "opacus_ghost", "planted_finite"]
+        with kept_registries():
+            load_plugin(HERE / "planted.py")
+            report = testbed.compare(
+                root, lambda o, t: o.sum(1), inputs, inputs, backends, ["norms", "clipped_sum"], rounds=2
+            )
+        assert [r.status for r in report.records if r.backend != "planted_finite"] == ["ok"] * 6
+        hiding = [r.reason for r in report.records if r.backend == "planted_finite"]
+        assert hiding[0] == "finite numbers in `norms`, 1 of 6 samples (2), where the truth is not finite"
+        assert hiding[1] == "finite numbers in `a.weight`, where the truth is not finite"
+        assert "The truth is not finite in `norms`, 1 of 6 samples (2)" in flat(report)
+
+    def test_autocast_is_held_to_what_its_arithmetic_allows(self) -> None:
+        report = compare(backends=["naive", {"vmap": {"autocast": "bfloat16"}}, {"backpack": {"autocast": "bfloat16"}}])
+        assert [r.status for r in report.records] == ["ok"] * 3
+        exact, *coarse = (r.agreement["precision"]["error"] for r in report.records)
+        assert exact < 1e-5 < 1e-4 < min(coarse)
+
+    def test_compiling_has_a_phase_and_recompiling_is_counted(self) -> None:
+        with kept_registries():
+            load_plugin(HERE / "planted.py")
+            report = compare(backends=["naive", "planted_recompiled", {"vmap": {"compile": True}}])
+        _, again, once = sorted(report.records, key=lambda r: r.backend)
+        assert once.phases["compile_s"] > 0
+        assert (once.phases["compiled"], once.phases["recompiles"]) == (1, 0)
+        assert again.phases["recompiles"] > 0
+        assert re.search(r"planted_recompiled: compiling took .*; it was compiled \d+ more times while", flat(report))
 
     def test_allclose_is_the_tutorials_rule(self) -> None:
         report = compare(backends=["naive", "vmap"], agreement={"allclose": {"atol": 3e-3, "rtol": 1e-5}})

@@ -15,12 +15,21 @@ LAUNCH_BOUND = 0.9  # of the time spent in launching: the device waits for the h
 
 def notes(records: Sequence[Record]) -> list[str]:
     """Return the notes on the records of one problem and quantity."""
-    found = [_winner(records), *_reasons(records), *_ill_conditioned(records), *_unasked(records), *_checked(records)]
-    return [
-        note
-        for note in [*found, *_compiled(records), *_launch_bound(records), *_warnings(records), _noise(records)]
-        if note
+    on_results = [
+        *_reasons(records),
+        *_ill_conditioned(records),
+        *_not_finite(records),
+        *_unasked(records),
+        *_checked(records),
     ]
+    on_times = [
+        *_compiled(records),
+        *_launch_bound(records),
+        *_warnings(records),
+        _noise(records),
+        *_disturbed(records),
+    ]
+    return [note for note in [_winner(records), *on_results, *on_times] if note]
 
 
 def _winner(records: Sequence[Record]) -> str:
@@ -61,6 +70,15 @@ def _ill_conditioned(records: Sequence[Record]) -> list[str]:
         f"* {', '.join(labels)}: agrees; {_samples(samples)}: near a kink (ReLU, max-pool, …), where a few roundings "
         "of the inputs move the right gradient as far as these results are off."
         for samples, labels in backends.items()
+    ]
+
+
+def _not_finite(records: Sequence[Record]) -> list[str]:
+    found = dict.fromkeys(r.agreement.get("precision", {}).get("nonfinite") for r in records if r.status == "ok")
+    return [
+        f"The truth is not finite in {where}; neither are these results there. The rest was compared."
+        for where in found
+        if where
     ]
 
 
@@ -116,7 +134,8 @@ def _launch_bound(records: Sequence[Record]) -> list[str]:
 
 def _disturbed(records: Sequence[Record]) -> list[str]:
     """Say what else went on while the rounds ran; the cells of a quantity share their rounds."""
-    return list(dict.fromkeys(d for r in records for d in r.environment.get("disturbances", ())))
+    found = dict.fromkeys(said for r in records for said in r.environment.get("disturbances", ()))
+    return [f"While the rounds ran: {'; '.join(found)}."] if found else []
 
 
 def _noise(records: Sequence[Record]) -> str:
