@@ -20,9 +20,10 @@ from testbed.child import Isolation
 from testbed.environment import source_of
 from testbed.experiment import Choice, Combination, Experiment, Timing, Workload
 from testbed.problems import DATA, LOSSES, MODELS, Problem, ProblemError, make_problem
+from testbed.progress import Progress
 from testbed.records import Record
 from testbed.report import Report
-from testbed.runner import Emit, Progress, Settings, identify, run
+from testbed.runner import Emit, Settings, identify, run
 
 Chosen = str | Mapping[str, Mapping[str, Any]]
 """A name, or {name: {option: value}}, as in YAML."""

@@ -23,11 +23,11 @@ from testbed import autopsy
 from testbed.attempt import Attempt
 from testbed.cell import Cell
 from testbed.host import Failed, Setup
+from testbed.outcome import Outcome
 from testbed.output import FLOOD, Output
 from testbed.serving import BYTES, serve
 from testbed.shield import held_back
 from testbed.timing import Sample
-from testbed.worker import Outcome
 
 STARTUP_S = 300.0  # to import PyTorch on a machine that is busy; no step is charged for it
 CLOSING_S = 1.0  # between the end of a process' pipe and its own end

@@ -18,9 +18,9 @@ from testbed.child import Child, Isolation
 from testbed.experiment import Experiment, Workload
 from testbed.host import Failed, Setup
 from testbed.problems import Problem, ProblemError
+from testbed.progress import Progress
 from testbed.records import FAILED, as_line, with_options
 from testbed.report.titles import title
-from testbed.runner import Progress
 from testbed.worker import ORDINARY
 
 PRECISION = 0.05  # a batch that is larger by this share does not fit

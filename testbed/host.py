@@ -14,10 +14,11 @@ from testbed.attempt import Attempt, attempt
 from testbed.cell import Cell
 from testbed.checks import refuse_without_gradients
 from testbed.dropout import random_dropouts, with_masks
+from testbed.outcome import Outcome, lack_of_memory, status_of
 from testbed.problems import Problem, ProblemError
 from testbed.store import Store
 from testbed.timing import Sample
-from testbed.worker import Outcome, Worker, lack_of_memory, status_of
+from testbed.worker import Worker
 
 Make = Callable[[], Problem]
 """Makes the problem; where it is made in a child, it is pickled: a function of a module, or a `partial` of one."""

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Self
+from typing import Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeElapsedColumn
@@ -19,6 +19,26 @@ OTHERS = BAR + len(" 1000/1000 0:00:00 about 10 min 00 s left  ")
 SILENCE_S = 15.0  # after so long without a line, a step gets one
 
 Clock = Callable[[], float]
+
+
+class Progress(Protocol):
+    """Hears what is going on; a bar, plain lines, or nothing."""
+
+    def begin(self, what: str, steps: int, max_s: float | None = None) -> None:
+        """Say that a piece of work of so many steps begins; after `max_s` seconds there are no more."""
+
+    def step(self, what: str) -> None:
+        """Say that a step begins."""
+
+
+class Silent:
+    """Progress that says nothing."""
+
+    def begin(self, what: str, steps: int, max_s: float | None = None) -> None:
+        """Say nothing."""
+
+    def step(self, what: str) -> None:
+        """Say nothing."""
 
 
 class Pace:

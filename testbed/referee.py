@@ -15,7 +15,7 @@ from torch import Tensor
 
 from backends import get_backend, reference
 from backends.base import LossFn, clip_factors, trainable
-from backends.batch import Batch, apply, size, take
+from backends.batch import Batch, apply, take
 from testbed.agreement import (
     PER_SAMPLE,
     Agreement,
@@ -33,6 +33,7 @@ from testbed.form import hidden, nonfinite, not_finite, wrong_form
 from testbed.mistakes import often_meant
 from testbed.ordinary import weighted_gradient
 from testbed.problems import Problem
+from testbed.samples import batch_of, choose, narrow, sizes
 from testbed.store import Store
 
 Again: TypeAlias = Callable[[], Any]
@@ -297,42 +298,6 @@ def _roundoff(problem: Problem, autocast: str | None) -> float | None:
     return TF32 if tf32 and problem.device.type == "cuda" else None
 
 
-def sizes(problem: Problem) -> dict[str, int]:
-    """Return the numbers that a wrong factor may come from, by name."""
-    found = {"the batch size": problem.n}
-    if problem.targets.dim() > 1:
-        tokens = problem.targets[0].numel()
-        found |= {"the number of targets a sample": tokens, "the number of targets in the batch": tokens * problem.n}
-    return found
-
-
 def finite_parts(rows: Rows) -> Rows:
     """Return rows with zero in place of what is not finite, which no explanation is about."""
     return {name: t.nan_to_num(0, 0, 0) for name, t in rows.items()}
-
-
-def choose(n: int, most: int) -> Tensor | None:
-    """Return the indices of a random choice of `most` of n samples, always the same one; None if all are taken."""
-    if n <= most:
-        return None
-    return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:most].sort().values
-
-
-def narrow(problem: Problem, index: Tensor) -> Problem:
-    """Return the problem with these samples of its batch, and of its fresh one."""
-    index = index.to(problem.device)
-    again = index[index < size(problem.fresh_inputs)]
-    return replace(
-        problem,
-        inputs=take(problem.inputs, index),
-        targets=take(problem.targets, index),
-        fresh_inputs=take(problem.fresh_inputs, again),
-        fresh_targets=take(problem.fresh_targets, again),
-    )
-
-
-def batch_of(problem: Problem, fresh: bool) -> tuple[Batch, Tensor]:
-    """Return the problem's batch, or its fresh one."""
-    if fresh:
-        return problem.fresh_inputs, problem.fresh_targets
-    return problem.inputs, problem.targets

@@ -5,7 +5,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -19,31 +19,13 @@ from testbed.disturbances import Watch
 from testbed.environment import environment
 from testbed.host import Failed, Make, Setup
 from testbed.hosts import HOUSE, Children, Hosts, InProcess
+from testbed.outcome import Outcome
+from testbed.progress import Progress, Silent
 from testbed.records import FAILED, SCHEMA, Record, with_options
 from testbed.shield import shielded
-from testbed.worker import ORDINARY, Outcome
+from testbed.worker import ORDINARY
 
 AGAIN = "baseline again"  # the baseline under a second name: what it seems to differ from itself is noise
-
-
-class Progress(Protocol):
-    """Hears what is going on; a bar, plain lines, or nothing."""
-
-    def begin(self, what: str, steps: int) -> None:
-        """Say that a piece of work of so many steps begins."""
-
-    def step(self, what: str) -> None:
-        """Say that a step begins."""
-
-
-class Silent:
-    """Progress that says nothing."""
-
-    def begin(self, what: str, steps: int) -> None:
-        """Say nothing."""
-
-    def step(self, what: str) -> None:
-        """Say nothing."""
 
 
 @dataclass(frozen=True)
@@ -241,7 +223,7 @@ class _Group:
             for _ in range(self.settings.warmup):
                 self.time_once(hosts, name)
         self.samples = {name: [] for name in names}
-        self.progress.begin(f"{self.quantity}: timing", self.settings.rounds)
+        self.progress.begin(f"{self.quantity}: timing", self.settings.rounds, self.settings.max_s)
         watch = Watch(torch.device(self.about["device"]), [os.getpid(), *hosts.pids()])
         count, self.stopped_by = 0, ""
         for order in timing.rounds(names, self.settings.rounds, self.settings.max_s, self.settings.seed):

@@ -4,14 +4,11 @@ The steps of a cell: `start` (import, prepare, first call, both questions), then
 (memory, the question again on fresh data). The runner decides the order. Nothing here prints or writes.
 """
 
-import re
 import time
-import traceback
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -19,56 +16,22 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from backends import backend_class, get_backend, reference
-from backends.base import BACKENDS, Backend, Unavailable, Unsupported, first_line, first_line_of, own_copy, trainable
+from backends.base import BACKENDS, Backend, Unsupported, first_line, own_copy, trainable
 from backends.batch import Batch, apply, call, tensors
 from testbed import memory, timing
 from testbed.agreement import Rule, as_rows, norms
 from testbed.cell import Cell
 from testbed.compiling import COMPILATIONS
 from testbed.integrity import Snapshot
+from testbed.outcome import Broken, Outcome, listening
 from testbed.problems import Problem
-from testbed.referee import Finding, Referee
+from testbed.referee import Referee
 from testbed.store import Store
 
 ORDINARY = "ordinary step"
 SHORT = 0.01  # seconds; a shorter call has an untimed one before it, or waking up is measured (2× at 100 µs)
-NO_MEMORY = re.compile(
-    "can't allocate memory|CUDA error: out of memory"
-    "|STATUS_ALLOC_FAILED"  # cuBLAS, cuDNN
-    "|could not execute a primitive"  # oneDNN says no more than that when its scratch memory cannot be had
-)
 Fn = Callable[[Batch, Tensor], Any]
 T = TypeVar("T")
-
-
-@dataclass
-class Outcome:
-    """What is known of a cell so far, as the fields of its record."""
-
-    status: str = "ok"
-    reason: str = ""
-    diagnosis: str = ""
-    agreement: dict[str, Any] = field(default_factory=dict)
-    phases: dict[str, Any] = field(default_factory=dict)
-    memory: dict[str, Any] = field(default_factory=dict)
-    traceback: str = ""
-
-    @property
-    def warnings(self) -> list[str]:
-        """The library's warnings, each once."""
-        return self.phases.setdefault("warnings", [])  # type: ignore[no-any-return]
-
-    def take(self, question: str, finding: Finding) -> None:
-        """Take the answer to a question."""
-        self.status, self.reason, self.diagnosis = finding.status, finding.diagnosis, finding.diagnosis
-        if finding.agreement:
-            self.agreement[question] = asdict(finding.agreement)
-
-    def fail(self, error: BaseException) -> None:
-        """Take the status and the reason from an exception."""
-        self.status, self.reason = status_of(error)
-        self.diagnosis = self.reason if self.status == "disagrees" else self.diagnosis
-        self.traceback = "".join(traceback.format_exception(error)) if self.status == "error" else ""
 
 
 class Worker:
@@ -110,7 +73,7 @@ class Worker:
             cls = backend_class(cell.backend)
             _, outcome.phases["import_s"] = _timed(cls.load)
             backend = get_backend(cell.backend, **cell.options)
-            with _listening(outcome):
+            with listening(outcome):
                 if self.rule.same_function and cls.float64:
                     self._ask_same_function(backend, outcome)
                 first = replace(outcome)
@@ -127,7 +90,7 @@ class Worker:
     def again(self, cell: Cell, name: str) -> None:
         """Give a cell a second name to be timed under; a cell that was not started here is prepared."""
         if cell.label not in self.functions:
-            with _listening():
+            with listening():
                 method = getattr(get_backend(cell.backend, **cell.options), self.quantity)
                 self.functions[cell.label] = method(self.problem.model, self.problem.loss_fn, **self.options)
         self.functions[name] = self.functions[cell.label]
@@ -140,7 +103,7 @@ class Worker:
         """
         fn, before = self.functions[name], COMPILATIONS.now()
         try:
-            with _listening():
+            with listening():
                 if self.seconds.get(name, 0.0) < SHORT:
                     fn(*self.timed)
                 sample = timing.time_once(lambda: fn(*self.timed), self.problem.device)
@@ -156,7 +119,7 @@ class Worker:
         fn, p = self.functions[cell.label], self.problem
         before_finish = COMPILATIONS.now()
         try:
-            with _listening(outcome):
+            with listening(outcome):
                 outcome.memory = memory.peak(lambda: fn(p.inputs, p.targets), p.device)
                 kept = fn(p.inputs, p.targets)
                 before = self._norms(kept)
@@ -281,10 +244,6 @@ class Worker:
             outcome.fail(Broken(change))
 
 
-class Broken(Exception):
-    """A backend breaks its contract: what it did, in one line."""
-
-
 def _compiles(cell: Cell) -> bool:
     """Return whether a cell's backend is asked to compile, by its options or by default."""
     return bool(BACKENDS.check(cell.backend, cell.options)["compile"])
@@ -301,47 +260,6 @@ def ordinary_step(problem: Problem) -> Fn:
         return torch.autograd.grad(loss, parameters, allow_unused=True)
 
     return step
-
-
-def status_of(error: BaseException) -> tuple[str, str]:
-    """Return the status and the one-line reason that an exception stands for."""
-    if lack := lack_of_memory(error):
-        return "oom", first_line(lack)
-    if isinstance(error, Unsupported):
-        return "unsupported", first_line(error)
-    if isinstance(error, Broken):
-        return "disagrees", first_line(error)
-    if isinstance(error, Unavailable):
-        return "unavailable", first_line(error)
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    file = frame.filename.rsplit("/", 1)[-1]
-    return "error", f"{type(error).__name__}: {first_line(error)} ({file}:{frame.lineno}, in {frame.name})"
-
-
-def lack_of_memory(error: BaseException | None) -> BaseException | None:
-    """Return the lack of memory that an exception is, or was raised from; None where there is none.
-
-    On a CPU PyTorch raises a RuntimeError like any other, which a backend may take for its library's refusal.
-    """
-    while error is not None:
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or NO_MEMORY.search(str(error)):
-            return error
-        error = error.__cause__
-    return None
-
-
-@contextmanager
-def _listening(outcome: Outcome | None = None) -> Iterator[None]:
-    """Keep a library's warnings out of the output; each is written down once, its first sentence."""
-    with warnings.catch_warnings(record=True) as heard:
-        warnings.simplefilter("always")
-        try:
-            yield
-        finally:
-            for warning in heard if outcome else ():
-                sentence = first_line_of(str(warning.message)).split(". ")[0]
-                if outcome and sentence not in outcome.warnings:
-                    outcome.warnings.append(sentence)
 
 
 def _timed(work: Callable[[], T], device: torch.device | None = None) -> tuple[T, float]:

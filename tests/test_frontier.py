@@ -19,7 +19,7 @@ from testbed.__main__ import main
 from testbed.cell import Cell
 from testbed.experiment import Experiment
 from testbed.frontier import FINAL, PRECISION, Frontier, Try, plan, search
-from testbed.worker import status_of
+from testbed.outcome import status_of
 from tests.processes import LONG, SMALL, family, gone, start, wait_for
 
 sizes = st.integers(1, 10**6)

@@ -27,11 +27,12 @@ from testbed.conformance.layers import layer_cases
 from testbed.conformance.models import model_cases
 from testbed.environment import environment
 from testbed.integrity import Snapshot
+from testbed.outcome import Outcome
 from testbed.problems import Problem
+from testbed.progress import Progress, Silent
 from testbed.records import SCHEMA, Record
 from testbed.referee import Referee
-from testbed.runner import Emit, Progress, Silent
-from testbed.worker import Outcome
+from testbed.runner import Emit
 
 CPU = torch.device("cpu")
 RULE = Calibrated(draws=0)  # the cases are far from kinks in float64: nothing needs an excuse
