@@ -8,10 +8,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from testbed.config.yaml_source import ConfigError
 from testbed.problems import ProblemError
+from testbed.processes.shield import stoppable
 from testbed.records import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, CannotWrite
-from testbed.shield import stoppable
-from testbed.yaml_source import ConfigError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 COMMANDS = (  # all else is an experiment to run

@@ -16,10 +16,10 @@ from backends.batch import Batch, apply, size, take
 from backends.registry import UnknownName, check_options, unknown
 from testbed.agreement import RULES, Rule
 from testbed.cell import Cell
-from testbed.child import Isolation
+from testbed.config.experiment import Choice, Combination, Experiment, Timing, Workload
 from testbed.environment import source_of
-from testbed.experiment import Choice, Combination, Experiment, Timing, Workload
 from testbed.problems import DATA, LOSSES, MODELS, Problem, ProblemError, make_problem
+from testbed.processes.child import Isolation
 from testbed.progress import Progress
 from testbed.records import Record
 from testbed.report import Report

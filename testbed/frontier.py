@@ -14,10 +14,10 @@ import torch
 from backends.base import Unsupported
 from testbed.api import about_problem, problem_of, rule, set_precision
 from testbed.cell import Cell
-from testbed.child import Child, Isolation
-from testbed.experiment import Experiment, Workload
-from testbed.host import Failed, Setup
+from testbed.config.experiment import Experiment, Workload
 from testbed.problems import Problem, ProblemError
+from testbed.processes.child import Child, Isolation
+from testbed.processes.host import Failed, Setup
 from testbed.progress import Progress
 from testbed.records import FAILED, as_line, with_options
 from testbed.report.titles import title

@@ -33,8 +33,8 @@ from testbed.form import hidden, nonfinite, not_finite, wrong_form
 from testbed.mistakes import often_meant
 from testbed.ordinary import weighted_gradient
 from testbed.problems import Problem
+from testbed.processes.store import Store
 from testbed.samples import batch_of, choose, narrow, sizes
-from testbed.store import Store
 
 Again: TypeAlias = Callable[[], Any]
 """The same call once more."""

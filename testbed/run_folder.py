@@ -10,10 +10,10 @@ from typing import Any, Self
 import torch
 from filelock import FileLock, Timeout
 
+from testbed.config.experiment import Experiment
+from testbed.config.yaml_source import ConfigError
 from testbed.environment import environment
-from testbed.experiment import Experiment
 from testbed.records import FAILED, Record, RecordFile, read_records
-from testbed.yaml_source import ConfigError
 
 LIMITED = ("timeout", "oom")  # statuses that another limit may change
 LOCK = ".lock"

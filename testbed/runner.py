@@ -14,15 +14,15 @@ from backends.base import Unsupported
 from testbed import timing
 from testbed.agreement import Rule
 from testbed.cell import Cell, identity, source_hash
-from testbed.child import Isolation, with_default
 from testbed.disturbances import Watch
 from testbed.environment import environment
-from testbed.host import Failed, Make, Setup
-from testbed.hosts import HOUSE, Children, Hosts, InProcess
 from testbed.outcome import Outcome
+from testbed.processes.child import Isolation, with_default
+from testbed.processes.host import Failed, Make, Setup
+from testbed.processes.hosts import HOUSE, Children, Hosts, InProcess
+from testbed.processes.shield import shielded
 from testbed.progress import Progress, Silent
 from testbed.records import FAILED, SCHEMA, Record, with_options
-from testbed.shield import shielded
 from testbed.worker import ORDINARY
 
 AGAIN = "baseline again"  # the baseline under a second name: what it seems to differ from itself is noise

@@ -25,8 +25,8 @@ from testbed.compiling import COMPILATIONS
 from testbed.integrity import Snapshot
 from testbed.outcome import Broken, Outcome, listening
 from testbed.problems import Problem
+from testbed.processes.store import Store
 from testbed.referee import Referee
-from testbed.store import Store
 
 ORDINARY = "ordinary step"
 SHORT = 0.01  # seconds; a shorter call has an untimed one before it, or waking up is measured (2× at 100 µs)

@@ -17,13 +17,13 @@ from backends import available
 from backends.base import QUANTITIES
 from testbed.__main__ import main
 from testbed.agreement import RULES
-from testbed.expand import MAX_CELLS
-from testbed.experiment import Choice, Experiment, Timing, Workload
-from testbed.experiment_docs import README, rewrite
-from testbed.load import keys, load_experiment
+from testbed.config.docs import README, rewrite
+from testbed.config.expand import MAX_CELLS
+from testbed.config.experiment import Choice, Experiment, Timing, Workload
+from testbed.config.load import keys, load_experiment
+from testbed.config.yaml_source import MAX_BYTES, ConfigError, Source, write
 from testbed.problems import DATA, LOSSES, MODELS
 from testbed.records import STATUSES
-from testbed.yaml_source import MAX_BYTES, ConfigError, Source, write
 
 ROOT = README.parent.parent
 BASE = "model: mlp\ndata: random\nloss: nll\n"
@@ -649,7 +649,7 @@ class TestReadme:
     text = README.read_text(encoding="utf-8")
 
     def test_tables_are_those_of_the_code(self) -> None:
-        assert rewrite(self.text) == self.text, "run: python -m testbed.experiment_docs"
+        assert rewrite(self.text) == self.text, "run: python -m testbed.config.docs"
 
     def test_tables_notice_a_change(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Workload.model_fields["batch_size"], "default", 65)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from backends.base import Unsupported
 from testbed.__main__ import main
 from testbed.cell import Cell
-from testbed.experiment import Experiment
+from testbed.config.experiment import Experiment
 from testbed.frontier import FINAL, PRECISION, Frontier, Try, plan, search
 from testbed.outcome import status_of
 from tests.processes import LONG, SMALL, family, gone, start, wait_for

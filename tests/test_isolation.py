@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from testbed import autopsy
+from testbed.processes import autopsy
 from testbed.records import Record
 from tests.processes import LONG, SMALL, family, gone, records, start
 

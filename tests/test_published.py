@@ -11,9 +11,9 @@ from torch import nn
 
 from backends.batch import call
 from testbed.api import problem_of
-from testbed.experiment import Published
-from testbed.experiment_docs import README
-from testbed.load import load_experiment
+from testbed.config.docs import README
+from testbed.config.experiment import Published
+from testbed.config.load import load_experiment
 from testbed.problems import Problem, ProblemError
 from testbed.records import Record
 from testbed.report import Report

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from testbed.experiment import Experiment
-from testbed.load import load_experiment
-from testbed.yaml_source import ConfigError
+from testbed.config.experiment import Experiment
+from testbed.config.load import load_experiment
+from testbed.config.yaml_source import ConfigError
 
 SIZED = """model: mlp
 data: random

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from testbed.__main__ import main
+from testbed.config.yaml_source import ConfigError
+from testbed.processes.shield import shielded, stoppable
+from testbed.processes.store import TemporaryStore
 from testbed.records import CannotWrite, Record, RecordFile, read_records
 from testbed.run_folder import RunFolder
-from testbed.shield import shielded, stoppable
-from testbed.store import TemporaryStore
-from testbed.yaml_source import ConfigError
 from tests.conftest import kept_registries
 from tests.processes import LONG, SMALL, family, gone, records, start, wait_for
 

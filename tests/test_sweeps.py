@@ -9,8 +9,8 @@ import torch
 
 import testbed.__main__ as command_line
 from testbed.api import run_experiment
-from testbed.experiment import Experiment
-from testbed.load import load_experiment
+from testbed.config.experiment import Experiment
+from testbed.config.load import load_experiment
 from testbed.problems import register_model
 from testbed.records import Record, read_records
 

@@ -12,10 +12,10 @@ from backends.registry import unknown
 from testbed.calibrate import SPECS, calibrate
 from testbed.calibration_report import save, show
 from testbed.commands.plugins import add_plugin, load_plugins
-from testbed.experiment import resolve_device
+from testbed.config.experiment import resolve_device
+from testbed.config.yaml_source import ConfigError
 from testbed.progress import progress
 from testbed.records import EXIT_OK, EXIT_WRONG
-from testbed.yaml_source import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 

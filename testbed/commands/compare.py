@@ -11,11 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from testbed.comparison import VERDICTS, Change, compare, devices, differences, drift, floor
+from testbed.config.yaml_source import ConfigError
 from testbed.records import EXIT_OK, EXIT_REGRESSION
 from testbed.report import units
 from testbed.report.runs import Run, load_run
 from testbed.timing import Ratio
-from testbed.yaml_source import ConfigError
 
 EPILOG = """examples:
   python -m testbed compare runs/before runs/after

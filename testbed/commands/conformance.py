@@ -10,13 +10,13 @@ import torch
 from backends.base import QUANTITIES
 from backends.registry import UnknownName
 from testbed.commands.plugins import add_plugin, load_plugins
+from testbed.config.yaml_source import ConfigError
 from testbed.conformance import capabilities
 from testbed.conformance.report import report
 from testbed.conformance.sweep import CPU, choose_cases, choose_cells, sweep
 from testbed.progress import progress
 from testbed.records import EXIT_INTERRUPTED, Record, exit_code
 from testbed.run_folder import RunFolder
-from testbed.yaml_source import ConfigError
 
 EPILOG = """examples:
   python -m testbed conformance                                   grads, about a minute

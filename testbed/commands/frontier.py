@@ -15,18 +15,18 @@ from rich.text import Text
 
 from backends.base import first_line
 from testbed.api import isolated
-from testbed.child import with_default
 from testbed.commands.plugins import add_plugin, load_plugins
-from testbed.experiment import resolve_device
+from testbed.config.experiment import resolve_device
+from testbed.config.load import load_experiment
+from testbed.config.yaml_source import ConfigError
 from testbed.frontier import MOST, PRECISION, Explorer, Frontier, plan
-from testbed.load import load_experiment
 from testbed.problems import ProblemError
+from testbed.processes.child import with_default
 from testbed.progress import progress
 from testbed.records import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, RecordFile
 from testbed.report import draw, units
 from testbed.report.titles import title
 from testbed.run_folder import RunFolder
-from testbed.yaml_source import ConfigError
 
 FILE = "frontier.jsonl"
 ROOM = 65536  # samples at most unless told: what streams never runs out of memory

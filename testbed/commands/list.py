@@ -10,10 +10,10 @@ from backends import available
 from backends.base import BACKENDS, Backend, Unavailable
 from backends.registry import Registry, options_of
 from testbed.commands.plugins import add_plugin, load_plugins
-from testbed.load import load_experiment
+from testbed.config.load import load_experiment
+from testbed.config.yaml_source import ConfigError
 from testbed.problems import DATA, LOSSES, MODELS
 from testbed.records import EXIT_OK
-from testbed.yaml_source import ConfigError
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from backends import load_plugin
 from backends.base import first_line
-from testbed.yaml_source import ConfigError
+from testbed.config.yaml_source import ConfigError
 
 
 def add_plugin(parser: argparse.ArgumentParser) -> None:

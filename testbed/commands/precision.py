@@ -16,12 +16,12 @@ from rich.table import Table
 
 from testbed.api import problem_of, set_precision
 from testbed.commands.plugins import add_plugin, load_plugins
-from testbed.experiment import resolve_device
-from testbed.load import load_experiment
+from testbed.config.experiment import resolve_device
+from testbed.config.load import load_experiment
+from testbed.config.yaml_source import ConfigError
 from testbed.precision import Cancellation, Errors, cancellation, measure
 from testbed.progress import progress
 from testbed.records import EXIT_OK, EXIT_WRONG
-from testbed.yaml_source import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 

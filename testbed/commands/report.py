@@ -5,10 +5,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from testbed.config.yaml_source import ConfigError
 from testbed.records import EXIT_OK
 from testbed.report.export import FORMATS
 from testbed.report.runs import load_runs
-from testbed.yaml_source import ConfigError
 
 EPILOG = """examples:
   python -m testbed report runs/mnist-20261101-120000                   its report.html, anew

@@ -12,8 +12,8 @@ from rich.console import Console
 import testbed
 from testbed.api import about_problem, identities, isolated, run_experiment, set_precision
 from testbed.commands.plugins import add_plugin, load_plugins
-from testbed.experiment import Experiment, resolve_device
-from testbed.load import load_experiment
+from testbed.config.experiment import Experiment, resolve_device
+from testbed.config.load import load_experiment
 from testbed.problems import ProblemError
 from testbed.progress import progress
 from testbed.records import EXIT_INTERRUPTED, EXIT_OK, Record, exit_code

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Iterator, Sequence
 
+from testbed.config.experiment import Published
 from testbed.environment import device_name
-from testbed.experiment import Published
 from testbed.records import Record
 from testbed.report import units
 

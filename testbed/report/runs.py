@@ -6,9 +6,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from testbed.experiment import Published
+from testbed.config.experiment import Published
+from testbed.config.yaml_source import ConfigError, read
 from testbed.records import Record, read_records
-from testbed.yaml_source import ConfigError, read
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from testbed.experiment import Published
+from testbed.config.experiment import Published
 from testbed.records import Record
 from testbed.report import summary, units
 from testbed.report.notes import ill_conditioned, notes

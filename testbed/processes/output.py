@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
-from testbed import autopsy
+from testbed.processes import autopsy
 
 TAIL = 2**14  # bytes kept of what a process writes
 FLOOD = 2**26  # bytes that a process may write in a step

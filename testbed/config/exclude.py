@@ -4,9 +4,9 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from backends.registry import did_you_mean
-from testbed.experiment import Choice, Experiment, Workload, is_meant, matches, several
+from testbed.config.experiment import Choice, Experiment, Workload, is_meant, matches, several
+from testbed.config.yaml_source import ConfigError, KeyPath, Source
 from testbed.records import with_options
-from testbed.yaml_source import ConfigError, KeyPath, Source
 
 HERE = "in this experiment"
 KEYS = ("backend", "quantity", *Workload.model_fields)

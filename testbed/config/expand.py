@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from pydantic import PydanticUserError, TypeAdapter
 
 from backends.registry import Registry, options_of
-from testbed.yaml_source import ConfigError, KeyPath, Source
+from testbed.config.yaml_source import ConfigError, KeyPath, Source
 
 MAX_CELLS = 10_000  # more than that is a slip: a few lists multiply to billions
 

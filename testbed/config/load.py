@@ -10,12 +10,12 @@ from pydantic import BaseModel, ValidationError
 from backends import available
 from backends.base import BACKENDS, QUANTITIES, Backend
 from backends.registry import did_you_mean, explain, unknown
-from testbed.exclude import HERE, check_exclude, useful
-from testbed.expand import MAX_CELLS, Known, Part, choices, combinations, items
-from testbed.experiment import Experiment, Limits, Published, Timing, Workload
-from testbed.names import REGISTRIES, check_names
-from testbed.sizes import apply_size, of_size
-from testbed.yaml_source import ConfigError, KeyPath, Source, read
+from testbed.config.exclude import HERE, check_exclude, useful
+from testbed.config.expand import MAX_CELLS, Known, Part, choices, combinations, items
+from testbed.config.experiment import Experiment, Limits, Published, Timing, Workload
+from testbed.config.names import REGISTRIES, check_names
+from testbed.config.sizes import apply_size, of_size
+from testbed.config.yaml_source import ConfigError, KeyPath, Source, read
 
 T = TypeVar("T", bound=BaseModel)
 Thing = Callable[..., Any]

@@ -19,14 +19,14 @@ from typing import Any, NoReturn
 import psutil
 import torch
 
-from testbed import autopsy
 from testbed.attempt import Attempt
 from testbed.cell import Cell
-from testbed.host import Failed, Setup
 from testbed.outcome import Outcome
-from testbed.output import FLOOD, Output
-from testbed.serving import BYTES, serve
-from testbed.shield import held_back
+from testbed.processes import autopsy
+from testbed.processes.host import Failed, Setup
+from testbed.processes.output import FLOOD, Output
+from testbed.processes.serving import BYTES, serve
+from testbed.processes.shield import held_back
 from testbed.timing import Sample
 
 STARTUP_S = 300.0  # to import PyTorch on a machine that is busy; no step is charged for it
@@ -72,7 +72,7 @@ def with_default(isolation: Isolation, device: torch.device) -> Isolation:
 
 
 class Child:
-    """The steps of `testbed.host.Steps`, taken by a child process that lives until it fails or is closed."""
+    """The steps of `testbed.processes.host.Steps`, taken by a child process that lives until it fails or is closed."""
 
     def __init__(self, setup: Setup, isolation: Isolation) -> None:
         self._isolation = isolation

@@ -16,10 +16,10 @@ import torch
 
 from backends import load_plugin
 from backends.base import Unsupported, first_line
-from testbed import autopsy
-from testbed.host import Failed, Host
 from testbed.problems import ProblemError
-from testbed.shield import let_through
+from testbed.processes import autopsy
+from testbed.processes.host import Failed, Host
+from testbed.processes.shield import let_through
 
 BYTES = 1e9  # in a GB
 

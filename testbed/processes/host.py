@@ -1,6 +1,6 @@
 """What runs the steps of cells: makes the problem once, then a worker for each quantity. Steps take plain data.
 
-A host may be in this process, or in a child (`testbed.child`) that takes the same steps over a pipe.
+A host may be in this process, or in a child (`testbed.processes.child`) that takes the same steps over a pipe.
 """
 
 import traceback
@@ -16,7 +16,7 @@ from testbed.checks import refuse_without_gradients
 from testbed.dropout import random_dropouts, with_masks
 from testbed.outcome import Outcome, lack_of_memory, status_of
 from testbed.problems import Problem, ProblemError
-from testbed.store import Store
+from testbed.processes.store import Store
 from testbed.timing import Sample
 from testbed.worker import Worker
 

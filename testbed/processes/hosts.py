@@ -6,9 +6,9 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Self
 
-from testbed.child import Child, Isolation
-from testbed.host import Failed, Host, Setup, Steps
-from testbed.store import Store, TemporaryStore
+from testbed.processes.child import Child, Isolation
+from testbed.processes.host import Failed, Host, Setup, Steps
+from testbed.processes.store import Store, TemporaryStore
 
 HOUSE = "the problem"  # the host of what is no backend's: problem, truth, ordinary step, limit, the baseline's double
 

@@ -1,4 +1,4 @@
-"""An experiment: the typed, frozen form of its YAML file; `testbed.load` reads it. Nothing past it sees YAML."""
+"""An experiment: the typed, frozen form of its YAML file; `testbed.config.load` reads it. Nothing past it sees YAML."""
 
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from backends import available, reference
 from backends.base import QUANTITIES
 from testbed.agreement import RULES
+from testbed.config.yaml_source import ConfigError, write
 from testbed.records import with_options
-from testbed.yaml_source import ConfigError, write
 
 Dtype = Literal["float32", "float64", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -63,7 +63,7 @@ class Timing(_Frozen):
 
 
 class Limits(_Frozen):
-    """What each backend's process may take; see `testbed.child`."""
+    """What each backend's process may take; see `testbed.processes.child`."""
 
     timeout_s: Annotated[float, Field(gt=0)] = Field(600.0, description="Seconds for a step of a cell.")
     memory_gb: Annotated[float, Field(gt=0)] | None = Field(

@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from backends.registry import did_you_mean, unknown
-from testbed.yaml_source import ConfigError, KeyPath, Source
+from testbed.config.yaml_source import ConfigError, KeyPath, Source
 
 OWN = ("size", "sizes", "published", "description")
 """Keys that no size has: they are about the experiment as a whole."""

@@ -6,12 +6,12 @@ from typing import Any
 from backends.base import BACKENDS, QUANTITIES, Backend
 from backends.registry import BadOption, Registry, UnknownName, check_options, options_of, unknown
 from testbed.agreement import RULES
-from testbed.exclude import HERE
-from testbed.expand import Part
-from testbed.experiment import Choice, Experiment
+from testbed.config.exclude import HERE
+from testbed.config.expand import Part
+from testbed.config.experiment import Choice, Experiment
+from testbed.config.yaml_source import ConfigError, KeyPath
 from testbed.problems import DATA, LOSSES, MODELS
 from testbed.records import STATUSES
-from testbed.yaml_source import ConfigError, KeyPath
 
 Thing = Callable[..., Any]
 

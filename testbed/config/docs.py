@@ -1,6 +1,6 @@
 """The tables of `experiments/README.md`, made from the schema and the registries so that they cannot be wrong.
 
-`python -m testbed.experiment_docs` writes them anew; a test fails until it has been run.
+`python -m testbed.config.docs` writes them anew; a test fails until it has been run.
 """
 
 import inspect
@@ -16,12 +16,12 @@ from backends import available
 from backends.base import BACKENDS, QUANTITIES, Backend
 from backends.registry import options_of
 from testbed.agreement import RULES
-from testbed.experiment import Choice, Experiment, Published, Workload
+from testbed.config.experiment import Choice, Experiment, Published, Workload
+from testbed.config.yaml_source import write
 from testbed.problems import DATA, LOSSES, MODELS
 from testbed.records import STATUSES
-from testbed.yaml_source import write
 
-README = Path(__file__).parent.parent / "experiments" / "README.md"
+README = Path(__file__).parents[2] / "experiments" / "README.md"
 BLOCK = re.compile(r"(?<=<!-- schema -->\n).*?(?=<!-- /schema -->)", re.DOTALL)
 WORDS = {"integer": "whole number", "number": "number", "boolean": "true or false", "string": "text", "null": "null"}
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
