@@ -45,7 +45,7 @@ class Executed(Backend):
     modes: frozenset[str]
 
     def __post_init__(self) -> None:
-        for fact in ("name", "requires", "reference", "float64", "quantities", "narrow"):
+        for fact in ("name", "requires", "reference", "float64", "quantities", "narrow", *MODES):
             object.__setattr__(self, fact, getattr(self.inner, fact))
 
     @property

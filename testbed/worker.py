@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from backends import backend_class, get_backend, reference
-from backends.base import BACKENDS, Backend, Unsupported, first_line, own_copy, trainable
+from backends.base import Backend, Unsupported, first_line, own_copy, trainable
 from backends.batch import Batch, apply, call, tensors
 from testbed import memory, timing
 from testbed.agreement import Rule, as_rows, norms
@@ -246,7 +246,7 @@ class Worker:
 
 def _compiles(cell: Cell) -> bool:
     """Return whether a cell's backend is asked to compile, by its options or by default."""
-    return bool(BACKENDS.check(cell.backend, cell.options)["compile"])
+    return get_backend(cell.backend, **cell.options).compile
 
 
 def ordinary_step(problem: Problem) -> Fn:
