@@ -1,16 +1,17 @@
 """Progress on stderr: what runs now and how long it will still take; a bar on a terminal, plain lines otherwise.
 
-The time left is that of the piece of work that runs now, from the pace of its steps so far.
+The time left of a piece of work is from the pace of its steps so far, that of the run from the cells that have ended.
 """
 
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from typing import Protocol, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
@@ -86,11 +87,21 @@ class Lines:
         self._clock = clock
         self._start = self._said = clock()
         self._what, self._pace = "", Pace(0, clock=clock)
+        self._run = Pace(0, clock=clock)
+
+    def expect(self, cells: int) -> None:
+        """Remember how many cells the run has."""
+        self._run = _first(Pace(cells, clock=self._clock))
+
+    def ended(self) -> None:
+        """Count a cell."""
+        self._run.step()
 
     def begin(self, what: str, steps: int, max_s: float | None = None) -> None:
-        """Print what begins, and how long the run has taken so far."""
+        """Print what begins, how long the run has taken so far, and how long it may still take."""
         self._what, self._pace = what, Pace(steps, max_s, self._clock)
-        self._say(what)
+        left = str(self._run)
+        self._say(f"{what} ({self._run.begun - 1} of {self._run.steps} cells done, {left})" if left else what)
 
     def step(self, what: str) -> None:
         """Print what runs now, if nothing was printed for a while."""
@@ -110,55 +121,73 @@ class Lines:
         pass
 
 
+def _first(pace: Pace) -> Pace:
+    """Return the pace, its first step begun."""
+    pace.step()
+    return pace
+
+
 class _Left(ProgressColumn):
     """The time left, which counts down between steps."""
 
-    def __init__(self, bar: "Bar") -> None:
+    def __init__(self, paces: Mapping[TaskID, Pace]) -> None:
         super().__init__()
-        self._bar = bar
+        self._paces = paces
 
     def render(self, task: Task) -> Text:
         """Return it in words."""
-        return Text(str(self._bar.pace))
+        return Text(str(self._paces[task.id]))
 
 
 class Bar:
-    """One bar that shows what runs now; it is gone when the run ends."""
+    """A bar that shows what runs now, and one for the run once a cell has ended; they are gone when the run ends."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.pace = Pace(0)
+        self._paces: defaultdict[TaskID, Pace] = defaultdict(lambda: Pace(0))
         columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=BAR), MofNCompleteColumn())
-        self._bar = RichProgress(
+        self._bars = RichProgress(
             *columns,
             TimeElapsedColumn(),
-            _Left(self),
+            _Left(self._paces),
             console=console or Console(stderr=True),
             transient=True,
         )
-        self._task = self._bar.add_task("", total=None)
+        self._now = self._bars.add_task("", total=None)
+        self._run = self._bars.add_task("cells done", total=None, visible=False)
         self._what = ""
+
+    def expect(self, cells: int) -> None:
+        """Remember how many cells the run has."""
+        self._paces[self._run] = _first(Pace(cells))
+        self._bars.update(self._run, total=cells)
+
+    def ended(self) -> None:
+        """Count a cell."""
+        self._paces[self._run].step()
+        self._bars.update(self._run, advance=1, visible=True)
 
     def begin(self, what: str, steps: int, max_s: float | None = None) -> None:
         """Start the bar anew for a piece of work."""
-        self._what, self.pace = what, Pace(steps, max_s)
-        self._bar.reset(self._task, description=self._fit(what), total=steps or None)
+        self._what, self._paces[self._now] = what, Pace(steps, max_s)
+        self._bars.reset(self._now, description=self._fit(what), total=steps or None)
 
     def step(self, what: str) -> None:
         """Show what runs now; the steps before it are done."""
-        self._bar.update(self._task, description=self._fit(f"{what} · {self._what}"), completed=self.pace.begun)
-        self.pace.step()
+        pace = self._paces[self._now]
+        self._bars.update(self._now, description=self._fit(f"{what} · {self._what}"), completed=pace.begun)
+        pace.step()
 
     def _fit(self, text: str) -> str:
         """Return a text that leaves the other columns their place on one line."""
-        most = max(12, self._bar.console.width - OTHERS)
+        most = max(12, self._bars.console.width - OTHERS)
         return text if len(text) <= most else f"{text[: most - 1]}…"
 
     def __enter__(self) -> Self:
-        self._bar.start()
+        self._bars.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._bar.stop()
+        self._bars.stop()
 
 
 def progress() -> Lines | Bar:

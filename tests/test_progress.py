@@ -71,6 +71,34 @@ def test_lines_are_few_but_no_silence_is_long(capsys: pytest.CaptureFixture[str]
     )
 
 
+def test_lines_say_how_much_of_the_run_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    lines = Lines(clock)
+    lines.expect(6)
+    lines.begin("problem 1 of 3", 0)
+    clock.wait(5)
+    lines.ended()
+    clock.wait(5)
+    lines.ended()
+    lines.begin("problem 2 of 3", 0)
+    assert capsys.readouterr().err == (
+        "[  0.0 s] problem 1 of 3\n[ 10.0 s] problem 2 of 3 (2 of 6 cells done, about 20 s left)\n"
+    )
+
+
+def test_bar_of_the_run_comes_with_the_first_cell_that_ends() -> None:
+    out = io.StringIO()
+    with Bar(Console(file=out, force_terminal=True, width=100)) as bar:
+        bar.expect(2)
+        bar.begin("grads: timing", 3)
+        bar.step("round 1")
+        bar._bars.refresh()
+        assert "cells done" not in out.getvalue()
+        bar.ended()
+    assert "cells done" in out.getvalue()
+    assert "1/2" in out.getvalue()
+
+
 def test_bar_shows_what_runs() -> None:
     out = io.StringIO()
     with Bar(Console(file=out, force_terminal=True, width=100)) as bar:

@@ -108,13 +108,17 @@ def main(arguments: Sequence[str]) -> int:
         print(f"resumed: {len(kept)} of {len(wanted)} cells have their record\n", flush=True)
     records = list(kept)
 
+    shown = progress()
+
     def emit(record: Record, traceback: str) -> None:
         records.append(record)
         folder.append(record, traceback)
+        shown.ended()
 
     interrupted, problem_error = False, None
     try:
-        with progress() as shown:
+        with shown:
+            shown.expect(len(experiment.chosen()) - len(kept))
             finished = {record.cell for record in kept}
             run_experiment(experiment, name, device, emit, shown, isolation, finished)
     except KeyboardInterrupt:
