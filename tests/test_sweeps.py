@@ -213,7 +213,7 @@ def test_interrupt_leaves_a_record_of_every_cell(load: Any, monkeypatch: pytest.
         records.append(record)
 
     class Stop:
-        def begin(self, what: str, steps: int) -> None:
+        def begin(self, what: str, steps: int, max_s: float | None = None) -> None:
             if what.startswith("problem 2"):
                 self.second = True
 
