@@ -124,6 +124,10 @@ class Backend(ABC):
         """Whether results stay valid after the next call, as they shall; an option may give that up for speed."""
         return True
 
+    def choices(self) -> Mapping[str, str]:
+        """Return what has been chosen by measuring in this process, by what it was chosen for: part of the record."""
+        return {}
+
     @classmethod
     def load(cls) -> None:
         """Import the backend's libraries, so that the time of it is known and its absence is a status.

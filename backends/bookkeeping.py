@@ -32,6 +32,7 @@ from backends.base import (
     trainable,
 )
 from backends.batch import Batch
+from backends.ops.conv import CHOSEN
 from backends.ops.pages import Pool
 from backends.ops.persample import PerSample
 from backends.ops.taps import Passes
@@ -56,6 +57,10 @@ class Bookkeeping(Backend):
     def keeps_results(self) -> bool:
         """Whether results stay valid after the next call."""
         return not self.reuse_buffers
+
+    def choices(self) -> Mapping[str, str]:
+        """Return the way that was fastest for each geometry of convolutions."""
+        return dict(CHOSEN)
 
     def grads(self, model: nn.Module, loss_fn: LossFn) -> GradsFn:
         """Build the passes that make every g_i; see the contract."""

@@ -3,7 +3,7 @@
 A backend that knows a better way to one of these names it in `own_modes`, and sees to it by itself.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,10 @@ class Executed(Backend):
     def keeps_results(self) -> bool:
         """Whether the backend's results stay valid."""
         return self.inner.keeps_results
+
+    def choices(self) -> Mapping[str, str]:
+        """Return what the backend has chosen."""
+        return self.inner.choices()
 
     def grads(self, model: nn.Module, loss_fn: LossFn) -> GradsFn:
         """Build the backend's `grads`, run as asked for."""

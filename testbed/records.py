@@ -45,7 +45,7 @@ class Record:
         reason: Why it is not "ok", in one line; empty where it is.
         agreement: Both questions' answers, and the answer after timing.
         diagnosis: What is wrong, in one sentence; empty where nothing is.
-        phases: Seconds of import, prepare, first call.
+        phases: Seconds of import, prepare, first call; and what happened in them: warnings, compilations, `choices`.
         timing: `median_s, p5_s, p95_s, samples_s, ratio, ratio_ci, verdict`, `ordinary` step, `limit`; `native` says
             whether the way is the backend's own or derived from `grads`.
         memory: `peak_bytes` and what it is made of.

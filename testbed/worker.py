@@ -135,6 +135,8 @@ class Worker:
                     raise Broken("an earlier result changed when the function was called again: it reuses a buffer")
                 elif self._is_stale(fn, before):
                     raise Broken("in-place updates of the model's parameters are not seen by later calls")
+                if choices := get_backend(cell.backend, **cell.options).choices():
+                    outcome.phases["choices"] = dict(choices)
         except (Exception, SystemExit) as error:
             outcome.fail(error)
         self._in_place(p.inputs, p.targets)

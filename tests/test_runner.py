@@ -166,6 +166,12 @@ class TestCompare:
         assert vmap.timing["limit"]["seconds"] > 0
         assert set(vmap.phases) >= {"import_s", "prepare_s", "first_call_s"}
 
+    def test_what_was_chosen_by_measuring_is_in_the_record(self) -> None:
+        model = nn.Sequential(nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 2, 3, dilation=2), nn.Flatten())
+        naive, bookkeeping = compare(model, backends=["naive", "bookkeeping"]).records
+        assert "choices" not in naive.phases
+        assert "weight 2×1×3, input 1×1×5, dilation 2, float32, cpu" in bookkeeping.phases["choices"]
+
     @pytest.mark.parametrize(
         ("model", "reason"),
         [

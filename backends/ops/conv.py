@@ -16,8 +16,8 @@ from backends.ops.rules import Pieces, rule
 Way: TypeAlias = Callable[["Correlation"], Tensor]
 """A way to the per-sample gradients [N, P, C / groups, *kernel]."""
 
-CHOSEN: dict[tuple[object, ...], str] = {}
-"""The name of the way that was fastest when convolutions of a geometry were first met on a device."""
+CHOSEN: dict[str, str] = {}
+"""The name of the way that was fastest when convolutions of a geometry were first met on a device, by geometry."""
 
 
 @dataclass
@@ -52,8 +52,22 @@ class Correlation(PerSample):
         part = replace(self, x=self.x[some], y=self.y[some])
         if self.groups > 1 or capturing(self.like):
             return grouped(part)
-        geometry = (self.x.shape[1:], *(v for k, v in vars(self).items() if k not in ("x", "y", "like", "samples")))
-        return fastest((grouped, by_patches), part, (*geometry, self.like.dtype, self.like.device))
+        return fastest((grouped, by_patches), part)
+
+    def geometry(self) -> str:
+        """Return all that the speed of a way depends on but the number of samples."""
+        image = "×".join(map(str, self.x.shape[1:]))
+        options = [
+            f"{name} {'×'.join(map(str, value))}"
+            for name, value, usual in (
+                ("stride", self.stride, 1),
+                ("padding", self.padding, 0),
+                ("dilation", self.dilation, 1),
+            )
+            if set(value) != {usual}
+        ]
+        about = [f"weight {'×'.join(map(str, self.shape))}", f"input {image}", *options]
+        return ", ".join([*about, str(self.like.dtype).removeprefix("torch."), self.like.device.type])
 
     def compact(self) -> PerSample:  # noqa: D102
         held = (self.x.numel() + self.y.numel()) * self.like.element_size()
@@ -108,8 +122,9 @@ def by_patches(of: Correlation) -> Tensor:
     return out.view(-1, *of.shape)
 
 
-def fastest(ways: Sequence[Way], of: Correlation, geometry: tuple[object, ...]) -> Tensor:
-    """Return the gradients by the way that is fastest for the geometry; when it is new, all are tried, twice."""
+def fastest(ways: Sequence[Way], of: Correlation) -> Tensor:
+    """Return the gradients by the way that is fastest for their geometry; when it is new, all are tried, twice."""
+    geometry = of.geometry()
     if geometry not in CHOSEN:
         seconds = {way.__name__: min(_timed(way, of) for _ in range(2)) for way in ways}
         CHOSEN[geometry] = min(seconds, key=lambda name: seconds[name])
