@@ -3,8 +3,9 @@
 Each op that has parameters leaves a pair: its input a, and the gradient g of its output. Per-sample gradients, their
 norms, clipped sums, variances and inner products are contractions of pairs, and most need no per-sample gradient to be
 made (norms: Goodfellow 2015, https://arxiv.org/abs/1510.01799; clipped sums without a second backward pass: Bu et al.
-2022, https://arxiv.org/abs/2210.00038). How pairs are had is in `ops/taps.py`; what is known of an op is its rule, in
-`ops/`. Parameters in ops without a rule are differentiated sample by sample in the same backward pass.
+2022, https://arxiv.org/abs/2210.00038). How pairs are had is in `ops/taps.py`, how the passes are run in
+`ops/passes.py`; what is known of an op is its rule, in `ops/`. Parameters in ops without a rule are differentiated
+sample by sample in the same backward pass.
 
 What it cannot do is what `torch.func.vmap` cannot, but for recurrent layers: data-dependent control flow, `.item()`,
 samples that update buffers in place, checkpoints. Random ops draw for each sample, as they do in a batch.
@@ -13,7 +14,7 @@ samples that update buffers in place, checkpoints. Random ops draw for each samp
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial, reduce
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +33,12 @@ from backends.base import (
     trainable,
 )
 from backends.batch import Batch
-from backends.ops.conv import CHOSEN
 from backends.ops.pages import Pool
+from backends.ops.passes import Passes, PerParameter
 from backends.ops.persample import PerSample
-from backends.ops.taps import Passes
+from backends.ops.rules import CHOSEN
 from backends.running import library_call
 
-PerParameter: TypeAlias = dict[str, PerSample]
 R = TypeVar("R", Tensor, Named)
 
 
@@ -59,7 +59,7 @@ class Bookkeeping(Backend):
         return not self.reuse_buffers
 
     def choices(self) -> Mapping[str, str]:
-        """Return the way that was fastest for each geometry of convolutions."""
+        """Return how the passes of each model are run, and the fastest way for each geometry of convolutions."""
         return dict(CHOSEN)
 
     def grads(self, model: nn.Module, loss_fn: LossFn) -> GradsFn:

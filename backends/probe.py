@@ -233,6 +233,14 @@ def some(inputs: Batch) -> list[Batch]:
     return [take(few, slice(0, 1)), take(few, slice(0, FORWARDS)), apply(lambda t: t.flip(0), few)]
 
 
+def some_targets(targets: Tensor) -> list[Tensor]:
+    """Return the targets of the batches that `some` returns."""
+    if len(targets) == 1:
+        return [targets]
+    few = targets[torch.arange(BACKWARDS) % len(targets)]
+    return [few[:1], few[:FORWARDS], few.flip(0)]
+
+
 def _unequal(samples: Tensor) -> Tensor:
     """Return samples of which each is a little smaller than the one before; tokens cannot be made up."""
     if not samples.is_floating_point():

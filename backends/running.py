@@ -21,8 +21,8 @@ def kept_buffers(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for name, b in model.named_buffers():
-                b.copy_(before[name])
+            for name, b in before.items():
+                model.get_buffer(name).copy_(b)
 
 
 @contextmanager

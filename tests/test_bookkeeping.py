@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from backends import get_backend
 from backends.base import Unsupported, own_copy
 from backends.ops import persample
-from backends.ops.conv import Correlation, by_patches, grouped
+from backends.ops.conv import Correlation, by_patches, by_places, grouped
 from backends.ops.linear import Scattered
 from backends.ops.pages import LARGE, Pool
+from backends.ops.passes import Passes
 from backends.ops.persample import Dense, Outer, PerSample, added
-from backends.ops.taps import Passes
+from backends.ops.rules import CHOSEN
 from tests.asserts import assert_close
 from tests.cases import DEVICE, Functional, N, linear, squares
 
@@ -76,7 +77,19 @@ def test_both_ways_of_a_convolution_agree(name: str) -> None:
     assert isinstance(form, Correlation)
     assert_close(by_patches(form), grouped(form))
     form.rows(slice(None))
-    assert get_backend("bookkeeping", chunk_size=2).choices()[form.geometry()] in ("by_patches", "grouped")
+    choices = get_backend("bookkeeping", chunk_size=2).choices()
+    assert choices[f"{form.geometry()}, 2 samples or more"] in ("by_patches", "grouped")
+
+
+@pytest.mark.parametrize("kernel", [(3,), (2, 3), (1, 3, 2)])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_a_product_for_each_place_of_the_kernel_agrees(kernel: tuple[int, ...], dilation: int) -> None:
+    sizes, padding = (7, 6, 8)[: len(kernel)], (1, 0, 2)[: len(kernel)]
+    options = {"stride": (1,) * len(kernel), "padding": padding, "dilation": (dilation,) * len(kernel), "groups": 1}
+    out = [s + 2 * p - dilation * (k - 1) for s, p, k in zip(sizes, padding, kernel, strict=True)]
+    form = Correlation(real(N, 1, 4, *sizes), real(N, 1, 5, *out), (5, 4, *kernel), **options)
+    assert_close(by_places(form), grouped(form))
+    assert set(CHOSEN.values()) <= {"by_patches", "by_places", "grouped", "over the batch", "under vmap"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -123,6 +136,7 @@ OPS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[tuple[int, ..
 
 
 WITHOUT_A_RULE = {"linear, a vector as weight", "matmul by the other side", "addmm, scaled"}
+UNDER_VMAP = {*WITHOUT_A_RULE, "conv2d, several images a sample"}
 
 
 def assert_right(model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
@@ -133,12 +147,20 @@ def assert_right(model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
 
 
 def differentiated_directly(model: nn.Module, inputs: Tensor, targets: Tensor) -> set[str]:
-    """Return the parameters that were used outside of rules."""
-    passes, found = Passes(own_copy(model), squares), {}
+    """Return the parameters that were used outside of rules under vmap."""
+    passes, found = Passes(own_copy(model), squares), []
     backward = passes._backward
-    passes._backward = lambda *args: found.update(direct := backward(*args)) or direct  # type: ignore[func-returns-value, method-assign]
+    passes._backward = lambda *args: found.append(backward(*args)) or found[-1]  # type: ignore[func-returns-value, method-assign]
+    passes._under_vmap(inputs, targets)
+    return {name for name, g in zip(passes.parameters, found[-1], strict=False) if g is not None}
+
+
+def over_the_batch(model: nn.Module, inputs: Tensor, targets: Tensor) -> bool:
+    """Return whether the passes are an ordinary step's."""
+    passes = Passes(own_copy(model), squares)
     passes(inputs, targets)
-    return set(found)
+    (layout,) = passes.layouts.values()
+    return layout is not None
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -149,6 +171,7 @@ def test_every_op_agrees_with_the_loop_and_has_its_rule(name: str) -> None:
     model = Functional(lambda s, x: op(x, *s.p).sin(), p=parameters)
     assert_right(model, real(N, *inputs), real(N))
     assert bool(differentiated_directly(model, real(N, *inputs), real(N))) == (name in WITHOUT_A_RULE)
+    assert over_the_batch(model, real(N, *inputs), real(N)) == (name not in UNDER_VMAP)
 
 
 def nested(transform: Callable[..., Tensor]) -> Callable[[nn.Module, Tensor], Tensor]:
@@ -189,6 +212,42 @@ def habit(forward: Callable[[nn.Module, Tensor], Tensor]) -> nn.Module:
 @pytest.mark.parametrize("name", HABITS)
 def test_models_may_do_what_they_like(name: str) -> None:
     assert_right(habit(HABITS[name]), real(N, 5), real(N))
+
+
+LAYOUTS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], bool]] = {
+    "samples first": (lambda s, x: s.a(x).sin(), True),
+    "samples second": (lambda s, x: s.a(x.transpose(0, 1)).sin().transpose(0, 1), True),
+    "an embedding that all share": (
+        lambda s, x: s.a(x + s.e(torch.arange(x.shape[1], device=x.device)[None])).sin(),
+        True,
+    ),
+    "a parameter that all share": (lambda s, x: s.a(x + s.shared).sin(), True),
+    "a token of its own": (lambda s, x: s.a(torch.cat([s.shared.expand(len(x), -1, -1), x], 1)).sin(), True),
+    "samples third": (lambda s, x: s.a(x.permute(1, 2, 0).mT).sin().transpose(0, 1), True),
+    "samples nowhere": (lambda s, x: s.a(x.flatten(0, 1)).sin().view_as(x), False),
+    "samples in another order": (lambda s, x: s.a(x.flip(0)).sin().flip(0), False),
+    "samples sorted": (lambda s, x: s.a(x[x[:, 0, 0].argsort()]).sin(), False),
+    "samples that see each other": (lambda s, x: s.a(x - x.mean(0)).sin(), False),
+    "random": (lambda s, x: s.a(x).sin() + 0 * s.b(F.dropout(x)), True),
+}
+
+
+@pytest.mark.parametrize("positions", [2, 3, 4, 6])  # 3 and 4 are how many samples are looked at; 6 are in the batch
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_passes_are_an_ordinary_steps_where_that_is_the_same(name: str, positions: int) -> None:
+    forward, same = LAYOUTS[name]
+    model = Functional(forward, a=linear(5, 5), b=linear(5, 5), e=nn.Embedding(6, 5))
+    model.shared = nn.Parameter(real(1, positions if name == "a parameter that all share" else 1, 5))
+    model.to(DEVICE, torch.float64)
+    inputs, targets = real(6, positions, 5), real(6)
+    assert_right(model, inputs, targets)
+    assert over_the_batch(model, inputs, targets) in ((same, False) if positions in (3, 4) else (same,))
+
+
+def test_a_layout_that_depends_on_more_than_the_form_is_seen() -> None:
+    model = habit(lambda s, x: s.a(x[None])[0].sin() if len(x) > 4 else s.a(x).sin())
+    assert_right(model, real(6, 5), real(6))
+    assert not over_the_batch(model, real(6, 5), real(6))
 
 
 def test_attention_has_rules() -> None:

@@ -170,7 +170,8 @@ class TestCompare:
         model = nn.Sequential(nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 2, 3, dilation=2), nn.Flatten())
         naive, bookkeeping = compare(model, backends=["naive", "bookkeeping"]).records
         assert "choices" not in naive.phases
-        assert "weight 2×1×3, input 1×1×5, dilation 2, float32, cpu" in bookkeeping.phases["choices"]
+        assert bookkeeping.phases["choices"]["passes of Sequential"] == "over the batch"
+        assert "weight 2×1×3, input 1×1×5, dilation 2, float32, cpu, 4 samples or more" in bookkeeping.phases["choices"]
 
     @pytest.mark.parametrize(
         ("model", "reason"),

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from math import prod
 from typing import TypeAlias
 
@@ -11,21 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backends.ops.persample import Dense, Outer, PerSample, at_a_time, capturing, outer
-from backends.ops.rules import Pieces, rule
+from backends.ops.rules import CHOSEN, Pieces, rule
 
 Way: TypeAlias = Callable[["Correlation"], Tensor]
 """A way to the per-sample gradients [N, P, C / groups, *kernel]."""
-
-CHOSEN: dict[str, str] = {}
-"""The name of the way that was fastest when convolutions of a geometry were first met on a device, by geometry."""
 
 
 @dataclass
 class Correlation(PerSample):
     """Gradients by w of ⟨y, conv(x, w)⟩: of a convolution for x = a, y = g, of a transposed one for x = g, y = a.
 
-    The weighted sum over samples is the ordinary weight gradient. For gradients of each sample there are two ways,
-    of which the faster is chosen by measuring both once.
+    The weighted sum over samples is the ordinary weight gradient. For gradients of each sample there are several ways,
+    of which the fastest is chosen by measuring.
 
     Attributes:
         x: [N, B, C, *size], B images a sample.
@@ -52,7 +50,8 @@ class Correlation(PerSample):
         part = replace(self, x=self.x[some], y=self.y[some])
         if self.groups > 1 or capturing(self.like):
             return grouped(part)
-        return fastest((grouped, by_patches), part)
+        one_way_more = [by_places] if set(self.stride) == {1} and self.x.shape[1] == 1 else []
+        return fastest([grouped, by_patches, *one_way_more], part)
 
     def geometry(self) -> str:
         """Return all that the speed of a way depends on but the number of samples."""
@@ -122,9 +121,29 @@ def by_patches(of: Correlation) -> Tensor:
     return out.view(-1, *of.shape)
 
 
+def by_places(of: Correlation) -> Tensor:
+    """One product of matrices for each place in the kernel, of images that are there: no patches. Stride 1 only.
+
+    Rows of pixels go on without a gap once y is as wide as the padded x; then all of an image, shifted, is one matrix.
+    """
+    n, p = of.samples, of.shape[0]
+    x = F.pad(of.x[:, 0], [side for pad in reversed(of.padding) for side in (pad, pad)])
+    size, kernel, out_size = x.shape[2:], of.shape[2:], of.y.shape[3:]
+    pixel = [prod(size[d + 1 :]) for d in range(len(size))]
+    length = 1 + sum((width - 1) * step for width, step in zip(out_size, pixel, strict=True))
+    wider = [0, *(whole - part for whole, part in zip(size[1:], out_size[1:], strict=True))]
+    y = F.pad(of.y[:, 0], [side for more in reversed(wider) for side in (0, more)]).flatten(2)[..., :length]
+    x = x.flatten(2)
+    out = y.new_empty(prod(kernel), n, p, x.shape[1])
+    for place, index in zip(out, product(*map(range, kernel)), strict=True):
+        start = sum(i * apart * step for i, apart, step in zip(index, of.dilation, pixel, strict=True))
+        outer(y.mT, x[..., start : start + length].mT, out=place)
+    return out.view(*kernel, n, p, -1).movedim((-3, -2, -1), (0, 1, 2))
+
+
 def fastest(ways: Sequence[Way], of: Correlation) -> Tensor:
     """Return the gradients by the way that is fastest for their geometry; when it is new, all are tried, twice."""
-    geometry = of.geometry()
+    geometry = f"{of.geometry()}, {1 << of.samples.bit_length() - 1} samples or more"
     if geometry not in CHOSEN:
         seconds = {way.__name__: min(_timed(way, of) for _ in range(2)) for way in ways}
         CHOSEN[geometry] = min(seconds, key=lambda name: seconds[name])

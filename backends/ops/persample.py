@@ -223,7 +223,8 @@ def flat(rows: Tensor) -> Tensor:
 
 def squares_of(rows: Tensor) -> Tensor:
     """Return ‖row‖² [n] of gradients that are there."""
-    norms: Tensor = torch.linalg.vector_norm(flat(rows), dim=1, dtype=wide(rows.dtype))
+    numbers = rows[:, None] if rows.dim() == 1 else rows
+    norms: Tensor = torch.linalg.vector_norm(numbers, dim=tuple(range(1, numbers.dim())), dtype=wide(rows.dtype))
     return norms.square()
 
 

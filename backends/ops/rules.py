@@ -51,6 +51,9 @@ class Rule:
 RULES: dict[Op, Rule] = {}
 REWRITES: dict[Op, tuple[Op, bool]] = {}
 
+CHOSEN: dict[str, str] = {}
+"""What has been chosen in this process by measuring and trying, by what it was chosen for; records show it."""
+
 
 def rule(*ops: Op, covers: Callable[[Mapping[str, Any]], bool] = lambda arguments: True) -> Callable[[F], F]:
     """Return the decorator that makes a function the rule of some ops.
@@ -74,7 +77,8 @@ def rewrite(*ops: Op, watched: bool = True) -> Callable[[F], F]:
 
     Args:
         ops: The ops, as a `TorchFunctionMode` sees them.
-        watched: Whether the ops that the function calls are watched in turn, so that rules apply to them.
+        watched: Whether the ops that the function calls are watched in turn, so that rules apply to them. A function
+            that is not is there for vmap's sake, and does not run in a pass over the batch.
     """
 
     def decorate(function: F) -> F:
