@@ -136,7 +136,7 @@ OPS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[tuple[int, ..
 
 
 WITHOUT_A_RULE = {"linear, a vector as weight", "matmul by the other side", "addmm, scaled"}
-UNDER_VMAP = {*WITHOUT_A_RULE, "conv2d, several images a sample"}
+UNDER_VMAP = {*WITHOUT_A_RULE, "conv2d, several images a sample"}  # that function takes one sample apart
 
 
 def assert_right(model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
@@ -224,7 +224,11 @@ LAYOUTS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], bool]] = {
     "a parameter that all share": (lambda s, x: s.a(x + s.shared).sin(), True),
     "a token of its own": (lambda s, x: s.a(torch.cat([s.shared.expand(len(x), -1, -1), x], 1)).sin(), True),
     "samples third": (lambda s, x: s.a(x.permute(1, 2, 0).mT).sin().transpose(0, 1), True),
-    "samples nowhere": (lambda s, x: s.a(x.flatten(0, 1)).sin().view_as(x), False),
+    "positions of all samples in a row": (lambda s, x: s.a(x.flatten(0, 1)).sin().view_as(x), True),
+    "samples of all positions in a row": (
+        lambda s, x: s.a(x.transpose(0, 1).flatten(0, 1)).sin().view(x.shape[1], x.shape[0], 5).transpose(0, 1),
+        True,
+    ),
     "samples in another order": (lambda s, x: s.a(x.flip(0)).sin().flip(0), False),
     "samples sorted": (lambda s, x: s.a(x[x[:, 0, 0].argsort()]).sin(), False),
     "samples that see each other": (lambda s, x: s.a(x - x.mean(0)).sin(), False),

@@ -6,7 +6,7 @@ wherever no rule applies, and that is right for any op. The backward pass is ord
 vmap is over by then.
 
 vmap costs time at each op, and takes fused kernels away. So the passes are those of an ordinary step wherever that is
-known to be the same: every use of a parameter is by an op that a rule covers, with the samples on one axis; and for a
+known to be the same: every use of a parameter is by an op that a rule covers, with the samples in one place; and for a
 few samples, in order and backwards, every gradient is what it is under vmap. Control flow and layout may depend on the
 form of the inputs, so each form is looked at anew. A parameter [1, ...] (a position embedding, say) may be used by any
 op: it is there as [N, ...].
@@ -24,7 +24,7 @@ from backends.base import LossFn, Named, Unsupported, trainable
 from backends.batch import Batch, apply, call, signature, size
 from backends.ops.persample import Dense, PerSample, added
 from backends.ops.rules import CHOSEN
-from backends.ops.taps import Recorder, Uncovered
+from backends.ops.taps import Place, Recorder, Uncovered
 from backends.probe import some, some_targets
 from backends.running import kept_buffers
 
@@ -46,13 +46,13 @@ class Passes:
     Attributes:
         model: The backend's own copy.
         loss_fn: (outputs [N, ...], targets [N, ...]) -> losses [N].
-        layouts: By the form of the inputs, the samples' axis at each tap of a pass over the batch; None: under vmap.
+        layouts: By the form of the inputs, the samples' place at each tap of a pass over the batch; None: under vmap.
         with_rules: Whether there are rules at all under vmap.
     """
 
     model: nn.Module
     loss_fn: LossFn
-    layouts: dict[tuple[object, ...], Sequence[int] | None] = field(default_factory=dict)
+    layouts: dict[tuple[object, ...], Sequence[Place] | None] = field(default_factory=dict)
     with_rules: bool = True
 
     def __post_init__(self) -> None:
@@ -67,36 +67,38 @@ class Passes:
         """
         form = (signature(inputs), size(inputs) > 1)  # one sample alone has no order
         if form not in self.layouts:
-            self.layouts[form] = layout = self._layout(inputs, targets)
-            CHOSEN[f"passes of {type(self.model).__name__}"] = "under vmap" if layout is None else "over the batch"
+            self._remember(form, self._layout(inputs, targets))
         layout = self.layouts[form]
         if layout is not None:
             try:
                 return self._over_the_batch(inputs, targets, layout)[0]
             except Uncovered:  # it depends on more than the form
-                self.layouts[form] = None
+                self._remember(form, None)
         return self._under_vmap(inputs, targets)
 
-    def _layout(self, inputs: Batch, targets: Tensor) -> Sequence[int] | None:
-        """Return the samples' axes if passes over the batch find for a few samples what passes under vmap find."""
-        layouts = []
+    def _remember(self, form: tuple[object, ...], layout: Sequence[Place] | None) -> None:
+        self.layouts[form] = layout
+        CHOSEN[f"passes of {type(self.model).__name__}"] = "under vmap" if layout is None else "over the batch"
+
+    def _layout(self, inputs: Batch, targets: Tensor) -> Sequence[Place] | None:
+        """Return the samples' places if passes over the batch find for a few samples what passes under vmap find."""
         try:
-            for few, their_targets in zip(some(inputs), some_targets(targets), strict=True):
-                ours, layout = self._over_the_batch(few, their_targets)
-                layouts.append(layout)
-                theirs = self._under_vmap(few, their_targets)
+            few = list(zip(some(inputs), some_targets(targets), strict=True))
+            theirs = [self._under_vmap(*batch) for batch in few]
+            for apart in (False, True):
+                ours, layouts = zip(*(self._over_the_batch(*batch, apart=apart) for batch in few), strict=True)
                 with torch.no_grad():
-                    if not _near(ours, theirs):
-                        return None
+                    if layouts[-2:] == layouts[-1:] * len(layouts[-2:]) and all(map(_near, ours, theirs)):
+                        return layouts[-1]  # type: ignore[no-any-return]  # zip forgets what it is given
         except torch.OutOfMemoryError:
             raise
         except Exception:  # whatever is wrong with the model, or is not to be had here, shows under vmap
             return None
-        return layouts[-1] if layouts[-1] == layouts[-2:][0] else None
+        return None
 
     def _over_the_batch(
-        self, inputs: Batch, targets: Tensor, known: Sequence[int] | None = None
-    ) -> tuple[PerParameter, Sequence[int]]:
+        self, inputs: Batch, targets: Tensor, known: Sequence[Place] | None = None, *, apart: bool = False
+    ) -> tuple[PerParameter, Sequence[Place]]:
         n = size(inputs)
         token = self._token(n)
         copies = {
@@ -105,7 +107,7 @@ class Passes:
             if p.dim() > 1 and len(p) == 1
         }
         names = {id(p): name for given in (self.parameters, copies) for name, p in given.items()}
-        recorder = Recorder(names, self.values, token, samples=n, known=known)
+        recorder = Recorder(names, self.values, token, samples=n, known=known, apart=apart)
         with kept_buffers(self.model), recorder:  # other passes start from the same state
             losses = self.loss_fn(call(self._with(copies), inputs), targets)
         if losses.shape != (n,):
@@ -116,7 +118,7 @@ class Passes:
         for name, g in zip(copies, direct, strict=False):
             if g is not None:
                 recorder.found[name].append(Dense(g[:, None]))
-        return self._added(recorder, n), recorder.axes
+        return self._added(recorder, n), recorder.places
 
     def _with(self, copies: Named) -> Callable[..., Tensor]:
         """Return the model as it runs with copies in the place of some parameters."""

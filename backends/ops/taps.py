@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,29 @@ from backends.base import Named
 from backends.ops.persample import PerSample
 from backends.ops.rules import REWRITES, ROLES, RULES, Op, Rule
 
-SHARED = -1
-"""In place of an axis: what went in and came out is the same for all samples."""
+
+class Place(NamedTuple):
+    """Where the samples are in what goes into an op and comes out of it, in a pass over the batch.
+
+    Attributes:
+        axis: On which axis.
+        rows: How many entries on it each sample has.
+        apart: Whether these are N apart, not one after the other.
+    """
+
+    axis: int
+    rows: int = 1
+    apart: bool = False
+
+    def samples_first(self, t: Tensor) -> Tensor:
+        """Return a tensor as [N, rows, ...]: a sample is a batch of its own, as under vmap."""
+        t = t.movedim(self.axis, 0)
+        split: Tensor = t.unflatten(0, (self.rows, -1) if self.apart else (-1, self.rows))
+        return split.transpose(0, 1) if self.apart else split
+
+
+SHARED = Place(-1)
+"""Nowhere: what goes in and comes out is the same for all of them."""
 
 
 class Uncovered(Exception):
@@ -40,14 +61,14 @@ class Site:
         rule: The op's.
         arguments: The op's, by name.
         names: The parameters in each role.
-        axis: The samples' axis in what goes in and comes out, in a pass over the batch; None under vmap.
+        place: The samples' in what goes in and comes out, in a pass over the batch; None under vmap.
     """
 
     recorder: "Recorder"
     rule: Rule
     arguments: dict[str, Any]
     names: dict[str, str]
-    axis: int | None
+    place: Place | None
 
     def entered(self, x: Tensor, dtype: torch.dtype) -> None:
         """Keep what went in, in the dtype in which the op ran: under autocast that is not the input's."""
@@ -62,8 +83,8 @@ class Site:
         if self._versions() != self.versions:
             raise RuntimeError("what went into an op has been modified by an inplace operation")
         self.arguments["input"] = self.arguments["input"].to(self.dtype)
-        if self.axis is not None:  # a sample is a batch of one, as under vmap
-            g, self.arguments["input"] = (t.movedim(self.axis, 0)[:, None] for t in (g, self.arguments["input"]))
+        if self.place is not None:
+            g, self.arguments["input"] = map(self.place.samples_first, (g, self.arguments["input"]))
         for role, piece in self.rule.gradients(g, **self.arguments).items():
             if role in self.names:
                 self.recorder.found[self.names[role]].append(piece.compact())
@@ -143,9 +164,10 @@ class Recorder(TorchFunctionMode):
         token: A zero of each sample's own, which has a gradient.
         with_rules: Whether there are rules at all.
         samples: N in a pass over the batch; None under vmap.
-        known: The samples' axis at each tap, in a pass over the batch; None where it is to be found.
+        known: The samples' place at each tap, in a pass over the batch; None where it is to be found.
+        apart: Where several entries on an axis belong to a sample, whether to look for them N apart.
         found: Per-sample gradients by the uses of each parameter.
-        axes: The samples' axis at each tap so far; `SHARED` where nothing belonged to a sample.
+        places: The samples' place at each tap so far.
     """
 
     names: dict[int, str]
@@ -153,9 +175,10 @@ class Recorder(TorchFunctionMode):
     token: Tensor
     with_rules: bool = True
     samples: int | None = None
-    known: Sequence[int] | None = None
+    known: Sequence[Place] | None = None
+    apart: bool = False
     found: dict[str, list[PerSample]] = field(default_factory=dict)
-    axes: list[int] = field(default_factory=list)
+    places: list[Place] = field(default_factory=list)
     forward_is_over: bool = False
 
     def __post_init__(self) -> None:
@@ -181,25 +204,31 @@ class Recorder(TorchFunctionMode):
         bound.arguments.update({role: self.values[name] for role, name in names.items()})
         y = func(*bound.args, **bound.kwargs)
         if self.samples is not None:
-            axis = self._axis(x, y, self.samples)
-            if axis == SHARED:
-                x, y, axis = (*(t.expand(self.samples, *t.shape[1:]) for t in (x, y)), 0)
-            seen: Tensor = BatchTap.apply(y, self.token, x, Site(self, RULES[func], dict(bound.arguments), names, axis))
+            place = self._place(x, y, self.samples)
+            if place == SHARED:
+                x, y, place = (*(t.expand(self.samples, *t.shape[1:]) for t in (x, y)), Place(0))
+            seen: Tensor = BatchTap.apply(
+                y, self.token, x, Site(self, RULES[func], dict(bound.arguments), names, place)
+            )
             return seen
         others = [t for k, t in bound.arguments.items() if isinstance(t, Tensor) and k not in ("input", *ROLES)]
         site = Site(self, RULES[func], dict(bound.arguments), names, None)
         tapped: Tensor = Tap.apply(y, self.token, x, site, *others)
         return tapped
 
-    def _axis(self, x: Tensor, y: Tensor, n: int) -> int:
-        """Return the samples' axis in what goes into an op and comes out; an axis of one that all share has none."""
-        fit = [axis for axis, lengths in enumerate(zip(x.shape, y.shape, strict=False)) if set(lengths) == {n}]
-        if n > 1 and x.dim() and y.dim() and len(x) == len(y) == 1:
+    def _place(self, x: Tensor, y: Tensor, n: int) -> Place:
+        """Return where the samples are in what goes into an op and comes out of it: what fits, and did for others."""
+        lengths = [a if a == b else 0 for a, b in zip(x.shape, y.shape, strict=False)]
+        fit = [Place(axis) for axis, length in enumerate(lengths) if length == n]
+        first = lengths[0] if lengths else 0
+        if first == 1:
             fit.append(SHARED)
-        count = len(self.axes)
+        elif first and first % n == 0:
+            fit += [Place(0, first // n, self.apart), Place(0, first // n, not self.apart)]
         if self.known is not None:
-            fit = [axis for axis in fit if self.known[count : count + 1] == [axis]]
+            count = len(self.places)
+            fit = [place for place in fit if list(self.known[count : count + 1]) == [place]]
         if not fit:
             raise Uncovered
-        self.axes.append(fit[0])
+        self.places.append(fit[0])
         return fit[0]
