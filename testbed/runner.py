@@ -25,7 +25,7 @@ from testbed.progress import Progress, Silent
 from testbed.records import FAILED, SCHEMA, Record, with_options
 from testbed.worker import ORDINARY
 
-AGAIN = "baseline again"  # the baseline under a second name: what it seems to differ from itself is noise
+AGAIN = "baseline again"  # the baseline by another host: what it seems to differ from itself is noise
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def run(
     if not groups:
         return
     setup = Setup(make, settings.seed, settings.rule)
-    labels = [label for group in groups for label in group.running]
+    labels = [label for group in groups for label in group.labels()]
     try:
         with _hosts(setup, isolation, torch.device(about["device"]), labels) as hosts:
             progress.begin("problem", 2)
@@ -169,6 +169,10 @@ class _Group:
             self.companion = baseline.label  # has its record, and runs again: a ratio needs both in the same rounds
             self.running[baseline.label] = baseline
 
+    def labels(self) -> list[str]:
+        """Return the labels of the hosts that are needed beside the house."""
+        return [*self.running, *([AGAIN] if self.baseline in self.running else [])]
+
     def run(self, hosts: Hosts) -> None:
         """Start every cell, time in rounds those that agree, finish them; each that ends is emitted at once."""
         self.progress.begin(f"{self.quantity}: agreement", len(self.running))
@@ -216,8 +220,9 @@ class _Group:
         if self.baseline in self.running:
             names.append(AGAIN)
             try:
-                hosts[HOUSE].again(self.running[self.baseline], AGAIN)
+                hosts[AGAIN].again(self.running[self.baseline], AGAIN)
             except Failed:
+                hosts.discard(AGAIN)
                 self.lost.add(AGAIN)
         for name in names:
             for _ in range(self.settings.warmup):
@@ -251,7 +256,7 @@ class _Group:
         beside = name in (ORDINARY, AGAIN)
         if name in self.lost or not (beside or name in self.running):
             return None
-        label = HOUSE if beside else name
+        label = HOUSE if name == ORDINARY else name
         try:
             return hosts[label].time(name)
         except Failed as failed:

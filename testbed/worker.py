@@ -88,11 +88,9 @@ class Worker:
         return outcome
 
     def again(self, cell: Cell, name: str) -> None:
-        """Give a cell a second name to be timed under; a cell that was not started here is prepared."""
-        if cell.label not in self.functions:
-            with listening():
-                method = getattr(get_backend(cell.backend, **cell.options), self.quantity)
-                self.functions[cell.label] = method(self.problem.model, self.problem.loss_fn, **self.options)
+        """Give a cell a second name to be timed under; one that was not started here is, to have the same past."""
+        if cell.label not in self.functions and (reason := self.start(cell).reason):
+            raise Broken(reason)
         self.functions[name] = self.functions[cell.label]
 
     def time(self, name: str) -> timing.Sample:

@@ -48,7 +48,7 @@ class Correlation(PerSample):
 
     def rows(self, some: slice) -> Tensor:  # noqa: D102
         part = replace(self, x=self.x[some], y=self.y[some])
-        if self.groups > 1 or capturing(self.like):
+        if self.groups > 1:
             return grouped(part)
         one_way_more = [by_places] if set(self.stride) == {1} and self.x.shape[1] == 1 else []
         return fastest([grouped, by_patches, *one_way_more], part)
@@ -145,6 +145,8 @@ def fastest(ways: Sequence[Way], of: Correlation) -> Tensor:
     """Return the gradients by the way that is fastest for their geometry; when it is new, all are tried, twice."""
     geometry = f"{of.geometry()}, {1 << of.samples.bit_length() - 1} samples or more"
     if geometry not in CHOSEN:
+        if capturing(of.like):  # which must not wait for a clock; warming up, outside of it, has chosen
+            return ways[0](of)
         seconds = {way.__name__: min(_timed(way, of) for _ in range(2)) for way in ways}
         CHOSEN[geometry] = min(seconds, key=lambda name: seconds[name])
     return next(way for way in ways if way.__name__ == CHOSEN[geometry])(of)

@@ -61,7 +61,7 @@ class Steps(Protocol):
         """Import, prepare and call once, and ask whether the result agrees."""
 
     def again(self, cell: Cell, name: str) -> None:
-        """Prepare a cell under another name, for timing only."""
+        """Give a cell another name, for timing only; it is started where it was not."""
 
     def limit(self) -> dict[str, Any]:
         """Measure the physical limit of the quantity on this device."""
@@ -131,7 +131,8 @@ class Host:
         return self.worker.start(cell)
 
     def again(self, cell: Cell, name: str) -> None:
-        """Prepare a cell under another name, for timing only."""
+        """Give a cell another name, for timing only; it is started where it was not."""
+        self.begin(cell.quantity, cell.quantity_options)
         try:
             self.worker.again(cell, name)
         except (Exception, SystemExit) as error:

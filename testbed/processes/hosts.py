@@ -10,7 +10,7 @@ from testbed.processes.child import Child, Isolation
 from testbed.processes.host import Failed, Host, Setup, Steps
 from testbed.processes.store import Store, TemporaryStore
 
-HOUSE = "the problem"  # the host of what is no backend's: problem, truth, ordinary step, limit, the baseline's double
+HOUSE = "the problem"  # the host of what is no backend's: problem, truth, ordinary step, limit
 
 
 class Hosts(AbstractContextManager["Hosts"]):
