@@ -128,6 +128,10 @@ class Backend(ABC):
         """Return what has been chosen by measuring in this process, by what it was chosen for: part of the record."""
         return {}
 
+    @classmethod  # noqa: B027  most backends keep nothing
+    def release(cls) -> None:
+        """Give back memory that is kept for results to come: it counts as the next call's when memory is measured."""
+
     @classmethod
     def load(cls) -> None:
         """Import the backend's libraries, so that the time of it is known and its absence is a status.

@@ -33,7 +33,7 @@ from backends.base import (
     trainable,
 )
 from backends.batch import Batch
-from backends.ops.pages import Pool
+from backends.ops.pages import Pool, release
 from backends.ops.passes import Passes, PerParameter
 from backends.ops.persample import PerSample
 from backends.ops.rules import CHOSEN
@@ -58,20 +58,21 @@ class Bookkeeping(Backend):
         """Whether results stay valid after the next call."""
         return not self.reuse_buffers
 
+    @classmethod
+    def release(cls) -> None:
+        """Give back the memory of results that nobody holds."""
+        release()
+
     def choices(self) -> Mapping[str, str]:
         """Return how the passes of each model are run, and the fastest way for each geometry of convolutions."""
         return dict(CHOSEN)
 
     def grads(self, model: nn.Module, loss_fn: LossFn) -> GradsFn:
         """Build the passes that make every g_i; see the contract."""
-        pool, kept = Pool(), dict[str, Tensor]()
+        pool = Pool()
 
         def memory(name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-            if not self.reuse_buffers:
-                return pool.empty(shape, like)
-            if name not in kept or (kept[name].shape, kept[name].dtype) != (shape, like.dtype):
-                kept[name] = pool.empty(shape, like)
-            return kept[name]
+            return pool.same(name, shape, like) if self.reuse_buffers else pool.empty(shape, like)
 
         return _contracting(
             model, loss_fn, lambda found: _each(found, lambda name, g: g.grads(partial(memory, name)).contiguous())

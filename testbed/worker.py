@@ -118,6 +118,7 @@ class Worker:
         before_finish = COMPILATIONS.now()
         try:
             with listening(outcome):
+                backend_class(cell.backend).release()
                 outcome.memory = memory.peak(lambda: fn(p.inputs, p.targets), p.device)
                 kept = fn(p.inputs, p.targets)
                 before = self._norms(kept)

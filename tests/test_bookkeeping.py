@@ -1,5 +1,6 @@
 """The bookkeeping backend: every rule and form against autograd, and what a model may do without being got wrong."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backends import get_backend
+from backends import backend_class, get_backend
 from backends.base import Unsupported, own_copy
 from backends.ops import persample
 from backends.ops.conv import Correlation, by_patches, by_places, grouped
@@ -314,6 +315,15 @@ def test_memory_is_given_out_again_once_nobody_holds_it() -> None:
     assert pool.empty((3, LARGE), like).data_ptr() != place, "a part of it is held"
     del part
     assert pool.empty((3, LARGE), like).data_ptr() == place
+
+
+def test_memory_that_is_kept_for_results_is_given_back_when_asked() -> None:
+    pool, like = Pool(), torch.zeros(0)
+    blocks = [weakref.ref(pool.empty((LARGE,), like)), weakref.ref(pool.same("w", (LARGE,), like))]
+    assert blocks[1]() is not None
+    backend_class("bookkeeping").release()
+    assert [block() for block in blocks] == [None, None]
+    assert not pool._blocks
 
 
 def test_memory_outlives_its_pool() -> None:

@@ -9,6 +9,7 @@ import mmap
 import sys
 from collections import defaultdict
 from math import prod
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -22,6 +23,20 @@ class Pool:
 
     def __init__(self) -> None:
         self._blocks: dict[int, list[mmap.mmap]] = defaultdict(list)
+        self._named: dict[str, Tensor] = {}
+        _POOLS.add(self)
+
+    def forget(self) -> None:
+        """Give back what nobody else holds."""
+        self._blocks.clear()
+        self._named.clear()
+
+    def same(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Return the memory that was returned for the name before, if it fits."""
+        known = self._named.get(name)
+        if known is None or (known.shape, known.dtype) != (shape, like.dtype):
+            known = self._named[name] = self.empty(shape, like)
+        return known
 
     def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Return memory that nobody else holds, of the dtype and on the device of `like`; its values are arbitrary."""
@@ -36,3 +51,12 @@ class Pool:
                 return block
         self._blocks[size].append(mmap.mmap(-1, size))
         return self._blocks[size][-1]
+
+
+_POOLS: WeakSet[Pool] = WeakSet()
+
+
+def release() -> None:
+    """Give back what pools keep for results to come."""
+    for pool in _POOLS:
+        pool.forget()
