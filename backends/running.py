@@ -21,8 +21,9 @@ def kept_buffers(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for name, b in before.items():
-                model.get_buffer(name).copy_(b)
+            for name, b in model.named_buffers():
+                if name in before:  # a cache may come or go meanwhile
+                    b.copy_(before[name])
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from backends.ops.pages import LARGE, Pool
 from backends.ops.passes import Passes
 from backends.ops.persample import Dense, Outer, PerSample, added
 from backends.ops.rules import CHOSEN
+from backends.running import kept_buffers
 from tests.asserts import assert_close
 from tests.cases import DEVICE, Functional, N, linear, squares
 
@@ -324,6 +325,21 @@ def test_memory_that_is_kept_for_results_is_given_back_when_asked() -> None:
     backend_class("bookkeeping").release()
     assert [block() for block in blocks] == [None, None]
     assert not pool._blocks
+
+
+def test_buffers_may_come_and_go_in_a_pass() -> None:
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        s.cache, s.calls = None, s.calls.add_(1)
+        s.register_buffer("made", s.calls * 2)
+        return s.a(x)
+
+    model = Functional(forward, a=linear(5, 5)).to(DEVICE, torch.float64)
+    model.register_buffer("cache", real(1))
+    model.register_buffer("calls", real(1))
+    before = model.calls.clone()
+    with kept_buffers(model):
+        model(real(N, 5))
+    assert torch.equal(model.calls, before)
 
 
 def test_memory_outlives_its_pool() -> None:

@@ -12,7 +12,9 @@ from torch import nn
 
 import testbed
 from backends import available, backend_class, load_plugin
+from testbed import runner
 from testbed.__main__ import main
+from testbed.processes.hosts import InProcess
 from testbed.records import Record, read_records
 from tests.cases import Functional, cross_entropy, mlp
 from tests.conftest import kept_registries
@@ -165,6 +167,25 @@ class TestCompare:
         assert vmap.timing["ordinary"]["median_s"] > 0
         assert vmap.timing["limit"]["seconds"] > 0
         assert set(vmap.phases) >= {"import_s", "prepare_s", "first_call_s"}
+
+    def test_the_baseline_is_timed_again_by_a_host_of_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked = []
+
+        class Hosts(InProcess):
+            def __getitem__(self, label: str) -> Any:
+                asked.append(label)
+                return super().__getitem__(label)
+
+        monkeypatch.setattr(runner, "_hosts", lambda setup, *_: Hosts(setup))
+        (record,) = compare(backends="naive").records
+        assert record.timing["floor"] >= 0
+        assert asked.count(runner.AGAIN) == 1 + 1 + record.timing["rounds"]  # preparing, warming up, rounds
+
+    def test_memory_that_is_kept_for_results_counts(self) -> None:
+        (record,) = compare(nn.Linear(5, 300_000), backends="bookkeeping").records
+        if record.memory["peak_bytes"] is None:
+            pytest.skip("this machine does not tell")
+        assert record.memory["peak_bytes"] > 1.5 * 6 * 5 * 300_000 * 4  # the result, and what it is made of
 
     def test_what_was_chosen_by_measuring_is_in_the_record(self) -> None:
         model = nn.Sequential(nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 2, 3, dilation=2), nn.Flatten())
