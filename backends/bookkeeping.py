@@ -33,10 +33,10 @@ from backends.base import (
     trainable,
 )
 from backends.batch import Batch
+from backends.ops.choice import CHOSEN
 from backends.ops.pages import Pool, release
 from backends.ops.passes import Passes, PerParameter
 from backends.ops.persample import PerSample
-from backends.ops.rules import CHOSEN
 from backends.running import library_call
 
 R = TypeVar("R", Tensor, Named)

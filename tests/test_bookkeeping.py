@@ -2,22 +2,24 @@
 
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from backends import backend_class, get_backend
-from backends.base import Unsupported, own_copy
+from backends.base import QUANTITIES, own_copy
 from backends.ops import persample
+from backends.ops.choice import CHOSEN
 from backends.ops.conv import Correlation, by_patches, by_places, grouped
 from backends.ops.linear import Scattered
 from backends.ops.pages import LARGE, Pool
 from backends.ops.passes import Passes
 from backends.ops.persample import Dense, Outer, PerSample, added
-from backends.ops.rules import CHOSEN
 from backends.running import kept_buffers
 from tests.asserts import assert_close
 from tests.cases import DEVICE, Functional, N, linear, squares
@@ -80,7 +82,7 @@ def test_both_ways_of_a_convolution_agree(name: str) -> None:
     assert_close(by_patches(form), grouped(form))
     form.rows(slice(None))
     choices = get_backend("bookkeeping", chunk_size=2).choices()
-    assert choices[f"{form.geometry()}, 2 samples or more"] in ("by_patches", "grouped")
+    assert choices[f"{form.geometry()}, float64, {DEVICE.type}, 2 samples or more"] in ("by_patches", "grouped")
 
 
 @pytest.mark.parametrize("kernel", [(3,), (2, 3), (1, 3, 2)])
@@ -102,7 +104,7 @@ def test_squares_of_products_are_as_precise_as_their_dtype(dtype: torch.dtype, m
     pair = Outer((left - left.mean(1, keepdim=True)).to(dtype), (real(N, 16, 310) + mean).to(dtype))
     exact = Outer(pair.left.double(), pair.right.double()).squares()
     gap = (pair.squares().double() - exact).abs() / exact
-    assert pair._squares_by_gram(persample.WIDER[dtype]).min() > 0
+    assert pair.squares_by_gram().min() > 0
     assert gap.max() < 8 * torch.finfo(dtype).eps
 
 
@@ -154,15 +156,20 @@ def differentiated_directly(model: nn.Module, inputs: Tensor, targets: Tensor) -
     backward = passes._backward
     passes._backward = lambda *args: found.append(backward(*args)) or found[-1]  # type: ignore[func-returns-value, method-assign]
     passes._under_vmap(inputs, targets)
-    return {name for name, g in zip(passes.parameters, found[-1], strict=False) if g is not None}
+    return set(found[-1][0])
+
+
+def way_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> str:
+    """Return how the passes are run."""
+    passes = Passes(own_copy(model), squares)
+    passes(inputs, targets)
+    ((way, *_),) = passes.ways.values()
+    return way.name
 
 
 def over_the_batch(model: nn.Module, inputs: Tensor, targets: Tensor) -> bool:
     """Return whether the passes are an ordinary step's."""
-    passes = Passes(own_copy(model), squares)
-    passes(inputs, targets)
-    (layout,) = passes.layouts.values()
-    return layout is not None
+    return way_of(model, inputs, targets) == "over the batch"
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -285,11 +292,65 @@ class Times(torch.autograd.Function):
         return g * w, (g * x).sum_to_size(w.shape)
 
 
-def test_a_use_out_of_sight_is_refused() -> None:
-    model = habit(lambda s, x: Times.apply(s.b(x), s.kept[0][0] * 1))
-    model.kept = [model.a.bias]
-    with pytest.raises(Unsupported, match=r"`a\.bias` is used out of sight"):
-        get_backend("bookkeeping").grads(model, squares)(real(N, 5), real(N))
+class Doubled(torch.autograd.Function):
+    """A product by two that has no rule for vmap."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * 2
+
+
+def out_of_sight(s: nn.Module, x: Tensor) -> Tensor:
+    return Times.apply(s.b(x), s.kept[0][0] * 1)  # type: ignore[no-any-return]
+
+
+def checkpointed(s: nn.Module, x: Tensor, reentrant: bool) -> Tensor:
+    return checkpoint(lambda z: s.a(z).sin(), s.b(x), use_reentrant=reentrant)  # type: ignore[no-any-return]
+
+
+def by_its_values(s: nn.Module, x: Tensor) -> Tensor:
+    """Go on for as long as a value says: of a batch, for as long as the first sample's says."""
+    for _ in range(3 if float(x.flatten()[0].detach()) > 0 else 1):
+        x = s.a(x).sin()
+    return x
+
+
+WAYS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], str]] = {
+    "plain": (lambda s, x: s.a(x).sin(), "over the batch"),
+    "a function without a rule for vmap": (lambda s, x: Doubled.apply(s.a(x)), "over the batch"),
+    "samples in another order": (lambda s, x: s.a(x.flip(0)).sin().flip(0), "under vmap"),
+    "control flow by values": (by_its_values, "one by one"),
+    "a parameter used out of sight": (out_of_sight, "one by one"),
+    "a checkpoint": (partial(checkpointed, reentrant=False), "one by one"),
+    "a reentrant checkpoint": (partial(checkpointed, reentrant=True), "one by one"),
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_passes_are_run_the_cheapest_way_that_is_right(name: str) -> None:
+    forward, way = WAYS[name]
+    model = habit(forward)
+    model.kept = [model.a.weight] if name != "a parameter used out of sight" else [model.a.bias]
+    inputs, targets = real(6, 5), real(6)
+    for quantity in QUANTITIES:
+        ours, loop = (getattr(get_backend(b), quantity)(model, squares) for b in ("bookkeeping", "naive"))
+        assert_close(ours(inputs, targets), loop(inputs, targets))
+    assert way_of(model, inputs, targets) == way
+
+
+def test_a_batch_that_fails_leaves_the_cheapest_way_as_it_was() -> None:
+    model = habit(lambda s, x: s.a(x).sin() / (1 if bool((x < 100).all()) else None))
+    passes = Passes(own_copy(model), squares)
+    passes(real(6, 5), real(6))
+    with pytest.raises(TypeError):
+        passes(real(6, 5) + 1000, real(6))
+    passes(real(6, 5), real(6))
+    ((way, *_),) = passes.ways.values()
+    assert way.name == "over the batch"
 
 
 def test_an_input_that_is_changed_later_is_an_error_as_in_autograd() -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backends.ops.rules import rewrite
+from backends.ops.rules import UNDER_VMAP, rewrite
 
 
 def _transparent(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,7 +47,7 @@ class _Folded(torch.autograd.Function):
         return function(*(t.flatten(0, 1) for t in batched)).unflatten(0, (info.batch_size, -1)), 0
 
 
-@rewrite(F.scaled_dot_product_attention, watched=False)
+@rewrite(F.scaled_dot_product_attention, watched=False, passes=[UNDER_VMAP])
 def attention(
     query: Tensor,
     key: Tensor,

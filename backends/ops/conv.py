@@ -1,21 +1,18 @@
 """Rules for convolutions of one to three dimensions and their transposes, by one bilinear form."""
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from math import prod
-from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backends.ops.persample import Dense, Outer, PerSample, at_a_time, capturing, outer
-from backends.ops.rules import CHOSEN, Pieces, rule
-
-Way: TypeAlias = Callable[["Correlation"], Tensor]
-"""A way to the per-sample gradients [N, P, C / groups, *kernel]."""
+from backends.ops.choice import capturing, fastest
+from backends.ops.persample import WIDER, Dense, Outer, PerSample, at_a_time, outer
+from backends.ops.rules import Pieces, rule
 
 
 @dataclass
@@ -48,10 +45,14 @@ class Correlation(PerSample):
 
     def rows(self, some: slice) -> Tensor:  # noqa: D102
         part = replace(self, x=self.x[some], y=self.y[some])
+        ways = {way.__name__: partial(way, part) for way in self.ways()}
+        return fastest(ways, self.geometry(), part.samples, part.like)
+
+    def ways(self) -> list[Callable[["Correlation"], Tensor]]:
+        """Return the ways to its gradients that there are."""
         if self.groups > 1:
-            return grouped(part)
-        one_way_more = [by_places] if set(self.stride) == {1} and self.x.shape[1] == 1 else []
-        return fastest([grouped, by_patches, *one_way_more], part)
+            return [grouped]
+        return [grouped, by_patches, *([by_places] if set(self.stride) == {1} and self.x.shape[1] == 1 else [])]
 
     def geometry(self) -> str:
         """Return all that the speed of a way depends on but the number of samples."""
@@ -66,18 +67,20 @@ class Correlation(PerSample):
             if set(value) != {usual}
         ]
         about = [f"weight {'×'.join(map(str, self.shape))}", f"input {image}", *options]
-        return ", ".join([*about, str(self.like.dtype).removeprefix("torch."), self.like.device.type])
+        return ", ".join(about)
 
     def compact(self) -> PerSample:  # noqa: D102
         held = (self.x.numel() + self.y.numel()) * self.like.element_size()
         return self if held <= self.bytes() else Dense(self.rows(slice(None)))
 
     def squares(self) -> Tensor:
-        """Return ‖g_i‖² [N]; where images are small, as of a matrix that each patch went through."""
-        positions = self.y.shape[1] * prod(self.y.shape[3:])
-        if self.groups == 1 and 2 * positions < self.shape[0]:
-            return self.patches().squares()
-        return super().squares()
+        """Return ‖g_i‖² [N]; of small images perhaps as of a matrix that each patch went through, in the Gram form."""
+        positions, (p, *others) = self.y.shape[1] * prod(self.y.shape[3:]), self.shape
+        fewer = positions * (p + prod(others)) < p * prod(others)  # multiplications
+        ways = {"direct": super().squares}
+        if self.groups == 1 and fewer and self.like.dtype in WIDER and not capturing(self.like):
+            ways["gram"] = lambda: self.patches().squares_by_gram()
+        return fastest(ways, f"norms of {self.geometry()}", self.samples, self.like)
 
     def weighted(self, factors: Tensor) -> Tensor:  # noqa: D102
         y = self.y * factors.to(self.y.dtype).view(-1, *[1] * (self.y.dim() - 1))
@@ -139,27 +142,6 @@ def by_places(of: Correlation) -> Tensor:
         start = sum(i * apart * step for i, apart, step in zip(index, of.dilation, pixel, strict=True))
         outer(y.mT, x[..., start : start + length].mT, out=place)
     return out.view(*kernel, n, p, -1).movedim((-3, -2, -1), (0, 1, 2))
-
-
-def fastest(ways: Sequence[Way], of: Correlation) -> Tensor:
-    """Return the gradients by the way that is fastest for their geometry; when it is new, all are tried, twice."""
-    geometry = f"{of.geometry()}, {1 << of.samples.bit_length() - 1} samples or more"
-    if geometry not in CHOSEN:
-        if capturing(of.like):  # which must not wait for a clock; warming up, outside of it, has chosen
-            return ways[0](of)
-        seconds = {way.__name__: min(_timed(way, of) for _ in range(2)) for way in ways}
-        CHOSEN[geometry] = min(seconds, key=lambda name: seconds[name])
-    return next(way for way in ways if way.__name__ == CHOSEN[geometry])(of)
-
-
-def _timed(way: Way, of: Correlation) -> float:
-    """Return how many seconds a way takes."""
-    wait = torch.cuda.synchronize if of.like.is_cuda else lambda: None
-    wait()
-    start = time.perf_counter()
-    way(of)
-    wait()
-    return time.perf_counter() - start
 
 
 def images(x: Tensor, dimensions: int) -> Tensor:

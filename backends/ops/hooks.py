@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils.hooks import RemovableHandle
 
-from backends.ops.rules import rewrite
+from backends.ops.rules import UNDER_VMAP, rewrite
 
 
 class _Found:
@@ -44,13 +44,13 @@ def _below(x: Tensor) -> _Found:
     return found
 
 
-@rewrite(Tensor.requires_grad.__get__, watched=False)  # type: ignore[attr-defined]  # a property of a C type
+@rewrite(Tensor.requires_grad.__get__, watched=False, passes=[UNDER_VMAP])  # type: ignore[attr-defined]  # a property of a C type
 def requires_grad(x: Tensor) -> bool:
     """Return whether x has a gradient."""
     return _below(x).tensor.requires_grad
 
 
-@rewrite(Tensor.register_hook, watched=False)
+@rewrite(Tensor.register_hook, watched=False, passes=[UNDER_VMAP])
 def register_hook(x: Tensor, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
     """Register a hook, which is to see each sample's gradient on its own."""
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backends.ops.persample import Dense, Outer, PerSample, squares_of
+from backends.derived import squares_of
+from backends.ops.persample import Dense, Empty, Outer, PerSample
 from backends.ops.rules import Pieces, rule
 
 
@@ -64,6 +65,10 @@ class Scattered(PerSample):
         tables: Tensor = self._added(index + first, values, len(index) * self.height)
         return tables.view(len(index), *self.shape)
 
+    def grads(self, empty: Empty) -> Tensor:
+        """Return all of g_i, in memory that is zero from the start: pages that nobody reads cost nothing then."""
+        return self.rows(slice(None))
+
     def squares(self) -> Tensor:
         """Return ‖g_i‖² [N]: the gradients of a row that was taken more than once are added first."""
         sample = torch.arange(self.samples, device=self.index.device)[:, None]
@@ -86,7 +91,7 @@ class Scattered(PerSample):
         return table.index_add_(0, index.flatten(), values.flatten(0, 1))
 
 
-@rule(F.embedding, covers=lambda a: not (a["max_norm"] or a["scale_grad_by_freq"] or a["sparse"]))
+@rule(F.embedding, covers=lambda a: not (a["max_norm"] or a["scale_grad_by_freq"]))
 def embedding(
     g: Tensor,
     input: Tensor,

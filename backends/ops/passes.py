@@ -1,29 +1,33 @@
-"""One forward pass, and one backward pass that makes no weight gradient: as an ordinary step's, or under vmap.
+"""One forward pass, and one backward pass that makes no weight gradient: as an ordinary step's wherever that is right.
 
-Under `torch.func.vmap` what belongs to a sample is known by construction, whatever the model does with its axes. Every
-trainable parameter is there as N copies, one a sample, which take no memory (stride 0): autograd differentiates by them
-wherever no rule applies, and that is right for any op. The backward pass is ordinary autograd over the batch, since
-vmap is over by then.
+The passes run over the batch where every use of a parameter is by an op that a rule covers, with the samples in one
+place; and where a few samples, in order and backwards, show the gradients that each has when it is run alone. Control
+flow and layout may depend on the form of the inputs, so each form is looked at anew. A parameter [1, ...] (a position
+embedding, say) may be used by any op: it is there as [N, ...].
 
-vmap costs time at each op, and takes fused kernels away. So the passes are those of an ordinary step wherever that is
-known to be the same: every use of a parameter is by an op that a rule covers, with the samples in one place; and for a
-few samples, in order and backwards, every gradient is what it is under vmap. Control flow and layout may depend on the
-form of the inputs, so each form is looked at anew. A parameter [1, ...] (a position embedding, say) may be used by any
-op: it is there as [N, ...].
+Elsewhere they run under `torch.func.vmap`, where what belongs to a sample is known by construction, whatever the model
+does with its axes. Every trainable parameter is there as N copies, one a sample, which take no memory (stride 0):
+autograd differentiates by them wherever no rule applies, and that is right for any op. The backward pass is ordinary
+autograd over the batch, since vmap is over by then. vmap costs time at each op, and takes fused kernels away.
+
+What vmap cannot run either (control flow that depends on the data, checkpoints, packed sequences) is run one sample at
+a time, as by a loop; pairs are kept all the same.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from backends.base import LossFn, Named, Unsupported, trainable
-from backends.batch import Batch, apply, call, signature, size
-from backends.ops.persample import Dense, PerSample, added
-from backends.ops.rules import CHOSEN
+from backends.base import LossFn, Named, trainable
+from backends.batch import Batch, apply, call, signature, size, take
+from backends.ops.choice import CHOSEN
+from backends.ops.persample import Dense, PerSample, Stacked, added
 from backends.ops.taps import Place, Recorder, Uncovered
 from backends.probe import some, some_targets
 from backends.running import kept_buffers
@@ -39,6 +43,13 @@ NOISE = 8
 """Roundings of the whole gradient that one of a parameter may be apart besides: some are zero but for rounding."""
 
 
+class Way(NamedTuple):
+    """A way to run both passes: (inputs, targets) -> each parameter's g_i."""
+
+    name: str
+    run: Callable[[Batch, Tensor], PerParameter]
+
+
 @dataclass
 class Passes:
     """Both passes of a model: `passes(inputs, targets)` returns each parameter's g_i, by name.
@@ -46,134 +57,173 @@ class Passes:
     Attributes:
         model: The backend's own copy.
         loss_fn: (outputs [N, ...], targets [N, ...]) -> losses [N].
-        layouts: By the form of the inputs, the samples' place at each tap of a pass over the batch; None: under vmap.
-        with_rules: Whether there are rules at all under vmap.
+        ways: By the form of the inputs, the ways to run them that have not failed, the cheapest first.
+        ruleless: Where the model runs without rules only.
     """
 
     model: nn.Module
     loss_fn: LossFn
-    layouts: dict[tuple[object, ...], Sequence[Place] | None] = field(default_factory=dict)
-    with_rules: bool = True
+    ways: dict[tuple[object, ...], list[Way]] = field(default_factory=dict)
+    ruleless: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.parameters = trainable(self.model)
         self.values = {name: p.detach() for name, p in self.parameters.items()}
 
     def __call__(self, inputs: Batch, targets: Tensor) -> PerParameter:
-        """Run both passes.
+        """Run both passes; what a way cannot do with these very inputs, the next one does."""
+        if size(inputs) == 1:
+            return self._alone(inputs, targets)
+        form = signature(inputs)
+        ways = self.ways.get(form) or self._ways(inputs, targets)
+        for count, way in enumerate(ways):
+            with _going_on(count < len(ways) - 1), kept_buffers(self.model):
+                found = way.run(inputs, targets)
+                self.ways[form] = ways[count:]
+                CHOSEN[f"passes of {type(self.model).__name__}"] = way.name
+                return found
+        raise AssertionError("the last way returns or raises")
 
-        Raises:
-            Unsupported: A parameter was used out of sight.
-        """
-        form = (signature(inputs), size(inputs) > 1)  # one sample alone has no order
-        if form not in self.layouts:
-            self._remember(form, self._layout(inputs, targets))
-        layout = self.layouts[form]
-        if layout is not None:
-            try:
-                return self._over_the_batch(inputs, targets, layout)[0]
-            except Uncovered:  # it depends on more than the form
-                self._remember(form, None)
-        return self._under_vmap(inputs, targets)
+    def _ways(self, inputs: Batch, targets: Tensor) -> list[Way]:
+        """Return the ways that are right for a few samples, the cheapest first."""
+        few = list(zip(some(inputs), some_targets(targets), strict=True))[1:]
+        found, alone = [], [self._one_by_one(*batch) for batch in few]
+        for apart in (False, True):
+            with _going_on(), kept_buffers(self.model):
+                ours, (places, again) = zip(*(self._over_the_batch(*b, apart=apart) for b in few), strict=True)
+                if places == again and all(map(_near, ours, alone)):
+                    found.append(Way("over the batch", partial(self._as_known, places)))
+                    break
+        with _going_on():
+            for batch in few:
+                self._under_vmap(*batch)
+            found.append(Way("under vmap", self._under_vmap))
+        return [*found, Way("one by one", self._one_by_one)]
 
-    def _remember(self, form: tuple[object, ...], layout: Sequence[Place] | None) -> None:
-        self.layouts[form] = layout
-        CHOSEN[f"passes of {type(self.model).__name__}"] = "under vmap" if layout is None else "over the batch"
-
-    def _layout(self, inputs: Batch, targets: Tensor) -> Sequence[Place] | None:
-        """Return the samples' places if passes over the batch find for a few samples what passes under vmap find."""
-        try:
-            few = list(zip(some(inputs), some_targets(targets), strict=True))
-            theirs = [self._under_vmap(*batch) for batch in few]
-            for apart in (False, True):
-                ours, layouts = zip(*(self._over_the_batch(*batch, apart=apart) for batch in few), strict=True)
-                with torch.no_grad():
-                    if layouts[-2:] == layouts[-1:] * len(layouts[-2:]) and all(map(_near, ours, theirs)):
-                        return layouts[-1]  # type: ignore[no-any-return]  # zip forgets what it is given
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # whatever is wrong with the model, or is not to be had here, shows under vmap
-            return None
-        return None
+    def _as_known(self, places: Sequence[Place], inputs: Batch, targets: Tensor) -> PerParameter:
+        return self._over_the_batch(inputs, targets, known=places)[0]
 
     def _over_the_batch(
-        self, inputs: Batch, targets: Tensor, known: Sequence[Place] | None = None, *, apart: bool = False
+        self, inputs: Batch, targets: Tensor, *, known: Sequence[Place] | None = None, apart: bool = False
     ) -> tuple[PerParameter, Sequence[Place]]:
         n = size(inputs)
+        shared = {name: p for name, p in self.values.items() if p.dim() > 1 and len(p) == 1}
+        copies = {name: p.expand(n, *p.shape[1:]).requires_grad_() for name, p in shared.items()}
         token = self._token(n)
-        copies = {
-            name: p.expand(n, *p.shape[1:]).requires_grad_()
-            for name, p in self.values.items()
-            if p.dim() > 1 and len(p) == 1
-        }
-        names = {id(p): name for given in (self.parameters, copies) for name, p in given.items()}
-        recorder = Recorder(names, self.values, token, samples=n, known=known, apart=apart)
-        with kept_buffers(self.model), recorder:  # other passes start from the same state
-            losses = self.loss_fn(call(self._with(copies), inputs), targets)
+        recorder = self._recorder(copies, token, samples=n, known=known, apart=apart)
+        model = (lambda *a, **k: functional_call(self.model, copies, a, k)) if copies else self.model
+        with recorder:
+            losses = self.loss_fn(call(model, inputs), targets)
         if losses.shape != (n,):
             raise Uncovered
-        direct = self._backward(recorder, losses, token, [*copies.values(), *self.parameters.values()])
-        if any(g is not None for g in direct[len(copies) :]):
+        by_copies, missed = self._backward(recorder, losses, token, copies)
+        if missed:
             raise Uncovered
-        for name, g in zip(copies, direct, strict=False):
-            if g is not None:
-                recorder.found[name].append(Dense(g[:, None]))
+        for name, g in by_copies.items():
+            recorder.found[name].append(Dense(g[:, None]))
         return self._added(recorder, n), recorder.places
 
-    def _with(self, copies: Named) -> Callable[..., Tensor]:
-        """Return the model as it runs with copies in the place of some parameters."""
-        return (lambda *a, **k: functional_call(self.model, copies, a, k)) if copies else self.model
-
     def _under_vmap(self, inputs: Batch, targets: Tensor) -> PerParameter:
-        try:
-            return self._vmapped(inputs, targets)
-        except Uncovered:
-            self.with_rules = False
-            return self._vmapped(inputs, targets)
+        return self._ruled("under vmap", lambda with_rules: self._vmapped(inputs, targets, with_rules))
 
-    def _vmapped(self, inputs: Batch, targets: Tensor) -> PerParameter:
+    def _vmapped(self, inputs: Batch, targets: Tensor, with_rules: bool) -> PerParameter:
         n = size(inputs)
         copies = {name: p.expand(n, *p.shape).requires_grad_() for name, p in self.values.items()}
-        token = self._token(n)
         recorders: list[Recorder] = []
 
         def loss(copies: Named, token: Tensor, buffers: Named, inputs: Batch, targets: Tensor) -> Tensor:
-            names = {id(p): name for given in (self.parameters, copies) for name, p in given.items()}
-            recorder = Recorder(names, self.values, token, self.with_rules)
-            recorders.append(recorder)
+            recorders.append(self._recorder(copies, token, with_rules=with_rules))
             inputs, targets = apply(lambda t: t[None], inputs), apply(lambda t: t[None], targets)
-            with recorder:
+            with recorders[0]:
                 outputs = call(lambda *a, **k: functional_call(self.model, (copies, buffers), a, k), inputs)
                 return self.loss_fn(outputs, targets).sum()
 
-        buffers = {name: b.clone() for name, b in self.model.named_buffers()}
+        token, buffers = self._token(n), {name: b.clone() for name, b in self.model.named_buffers()}
         losses = vmap(loss, (0, 0, None, 0, 0), randomness="different")(copies, token, buffers, inputs, targets)
-        (recorder,) = recorders
-        direct = self._backward(recorder, losses, token, [*copies.values(), *self.parameters.values()])
-        for name, g, missed in zip(copies, direct, direct[len(copies) :], strict=False):
-            if missed is not None:
-                raise Unsupported(f"parameter `{name}` is used out of sight, by a reference that the model has kept")
-            if g is not None:
-                recorder.found[name].append(Dense(g))
-        return self._added(recorder, n)
+        by_copies, missed = self._backward(recorders[0], losses, token, copies)
+        if missed:  # a parameter is used by a reference that the model has kept, which is no copy
+            raise Uncovered
+        for name, g in by_copies.items():
+            recorders[0].found[name].append(Dense(g))
+        return self._added(recorders[0], n)
+
+    def _one_by_one(self, inputs: Batch, targets: Tensor) -> PerParameter:
+        samples = (slice(i, i + 1) for i in range(size(inputs)))
+        found = [self._alone(take(inputs, i), take(targets, i)) for i in samples]
+        return {name: Stacked([one[name] for one in found]) for name in self.values}
+
+    def _alone(self, inputs: Batch, targets: Tensor) -> PerParameter:
+        def run(with_rules: bool) -> PerParameter:
+            with kept_buffers(self.model):
+                return self._of_one(inputs, targets) if with_rules else self._plain(inputs, targets)
+
+        return self._ruled("alone", run)
+
+    def _of_one(self, inputs: Batch, targets: Tensor) -> PerParameter:
+        token = self._token(1)
+        recorder = self._recorder({}, token, samples=1)
+        with recorder:
+            losses = self.loss_fn(call(self.model, inputs), targets)
+            _, direct = self._backward(recorder, losses, token, {})  # a checkpoint runs again what it has run
+        for name, g in direct.items():
+            recorder.found[name].append(Dense(_dense(g)[None]))
+        return self._added(recorder, 1)
+
+    def _plain(self, inputs: Batch, targets: Tensor) -> PerParameter:
+        self.model.zero_grad(set_to_none=True)
+        torch.autograd.backward(self.loss_fn(call(self.model, inputs), targets).sum())
+        grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in self.parameters.items()}
+        return {name: Dense(_dense(g)[None]) for name, g in grads.items()}
+
+    def _ruled(self, name: str, run: Callable[[bool], PerParameter]) -> PerParameter:
+        """Run with rules if that works, else without: the model itself may differentiate through its ops, say."""
+        if name not in self.ruleless:
+            with _going_on():
+                return run(True)
+        found = run(False)
+        self.ruleless.add(name)
+        return found
 
     def _token(self, n: int) -> Tensor:
         """Return a zero of each sample's own, which has a gradient."""
         return next(iter(self.values.values())).new_zeros(n).requires_grad_()
 
-    def _backward(
-        self, recorder: Recorder, losses: Tensor, token: Tensor, wanted: Sequence[Tensor]
-    ) -> Sequence[Tensor | None]:
-        """Run the backward pass, and return the gradients by what may have been used outside of rules."""
+    def _recorder(self, copies: Named, token: Tensor, **how: Any) -> Recorder:  # noqa: ANN401  see `Recorder`
+        names = {id(p): name for given in (self.parameters, copies) for name, p in given.items()}
+        return Recorder(names, self.values, token, **how)
+
+    def _backward(self, recorder: Recorder, losses: Tensor, token: Tensor, copies: Named) -> tuple[Named, Named]:
+        """Run the backward pass; return the gradients of copies and of parameters that were used without a rule."""
         recorder.forward_is_over = True
-        if not losses.requires_grad:
-            return [None] * len(wanted)
-        return torch.autograd.grad(losses.sum(), [token, *wanted], allow_unused=True)[1:]
+        wanted = [token, *copies.values(), *self.parameters.values()]
+        found: Sequence[Tensor | None] = [None] * len(wanted)
+        if losses.requires_grad:
+            found = torch.autograd.grad(losses.sum(), wanted, allow_unused=True)
+        used = [(name, g) for name, g in zip([*copies, *self.parameters], found[1:], strict=True)]
+        by_copies, direct = used[: len(copies)], used[len(copies) :]
+        return {k: g for k, g in by_copies if g is not None}, {k: g for k, g in direct if g is not None}
 
     def _added(self, recorder: Recorder, n: int) -> PerParameter:
         return {name: added(recorder.found.pop(name), n, p) for name, p in self.values.items()}
 
 
+def _dense(g: Tensor) -> Tensor:
+    return g.to_dense() if g.is_sparse else g
+
+
+@contextmanager
+def _going_on(there_is_more: bool = True) -> Iterator[None]:
+    """Go on after the block when it fails, unless that is for want of memory, or there is nothing more to try."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever a model's code may raise
+        if not there_is_more:
+            raise
+
+
+@torch.no_grad()
 def _near(ours: PerParameter, theirs: PerParameter) -> bool:
     """Return whether the gradients of each sample are the same; one at a time, to bound memory."""
     like = next(iter(theirs.values())).like

@@ -13,6 +13,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from backends.derived import rows_of, squares_of, weighted_sum, wide
+from backends.ops.choice import capturing, fastest
+
 AT_A_TIME = {"cpu": 2**22}
 """Bytes of gradients made at a time where they are not the result: on a CPU they stay in its cache."""
 
@@ -44,9 +47,12 @@ class PerSample(ABC):
         return self
 
     def grads(self, empty: Empty) -> Tensor:
-        """Return all of g_i [N, *shape], in memory from `empty`."""
+        """Return all of g_i [N, *shape]; where they are made in parts, in memory from `empty`."""
+        first, *others = self.parts()
+        if not others:
+            return self.rows(first)
         out = empty((self.samples, *self.shape), self.like)
-        for some in self.parts():
+        for some in (first, *others):
             out[some] = self.rows(some)
         return out
 
@@ -64,21 +70,18 @@ class PerSample(ABC):
 
     def variance(self) -> Tensor:
         """Return 1/N Σ (g_i − ḡ)² [*shape], in two passes, for the difference of 1/N Σ g_i² and ḡ² would cancel."""
-        first, *others = self.parts()
-        if not others:
-            return self.rows(first).var(0, correction=0)
         mean = self.weighted(self.like.new_full((self.samples,), 1 / self.samples))
         total = torch.zeros_like(mean)
-        for some in (first, *others):
-            total += (self.rows(some) - mean).square_().sum(0)
+        for some in self.parts():
+            total += self.rows(some).sub(mean).square_().sum(0)
         return total / self.samples
 
     def gram(self) -> Tensor:
         """Return ⟨g_i, g_j⟩ [N, N]."""
         blocks = []
         for some in self.parts():
-            left = flat(self.rows(some))
-            blocks.append(torch.cat([left @ flat(self.rows(other)).mT for other in self.parts()], 1))
+            left = rows_of(self.rows(some))
+            blocks.append(torch.cat([left @ rows_of(self.rows(other)).mT for other in self.parts()], 1))
         return torch.cat(blocks)
 
     def parts(self) -> Iterator[slice]:
@@ -114,9 +117,10 @@ class Dense(PerSample):
 class Outer(PerSample):
     """Gradients of a matrix [p, d] that T vectors of a sample went through: g_i = Σ_t left_it right_itᵀ.
 
-    ‖g_i‖² costs T·p·d by way of g_i, and T²·(p + d) as Σ_ts ⟨left_t, left_s⟩ ⟨right_t, right_s⟩, the Gram form. That
-    sum cancels where the vectors do (activations with a large mean, gradients with none), so it is taken in a wider
-    dtype and its rounding is bounded: |error| ≤ (p + d + T²) u (Σ_t ‖left_t‖ ‖right_t‖)², u the wider dtype's roundoff.
+    ‖g_i‖² costs T·p·d by way of g_i, and T²·(p + d) as Σ_ts ⟨left_t, left_s⟩ ⟨right_t, right_s⟩, the Gram form; where
+    that is less, the faster of the two is found by measuring. The sum cancels where the vectors do (activations with a
+    large mean, gradients with none), so it is taken in a wider dtype and its rounding is bounded:
+    |error| ≤ (p + d + T²) u (Σ_t ‖left_t‖ ‖right_t‖)², u the wider dtype's roundoff.
     Samples where that is more than the roundoff of the result, negative sums among them, are taken by way of g_i.
     float64 has no wider dtype: there all are.
 
@@ -146,10 +150,22 @@ class Outer(PerSample):
         positions, (p, d) = self.left.shape[1], self.shape
         if positions == 1:
             return squares_of(self.left) * squares_of(self.right)
-        cheaper = 2 * positions * (p + d) < p * d  # twice, since wider products cost twice
-        if cheaper and self.like.dtype in WIDER and not capturing(self.like):
-            return self._squares_by_gram(WIDER[self.like.dtype])
-        return super().squares()
+        ways = {"direct": super().squares}
+        if positions * (p + d) < p * d and self.like.dtype in WIDER and not capturing(self.like):
+            ways["gram"] = self.squares_by_gram
+        return fastest(ways, f"norms of {positions} products {p}×{d}", self.samples, self.like)
+
+    def variance(self) -> Tensor:
+        """Return 1/N Σ (g_i − ḡ)²; of single vectors as a difference of moments, in a dtype that bears it."""
+        if self.left.shape[1] > 1 or self.like.dtype not in WIDER:
+            return super().variance()
+        left, right = (t[:, 0].to(WIDER[self.like.dtype]) for t in (self.left, self.right))
+        found, (p, d) = self.like.new_empty(self.shape), self.shape
+        for some in at_a_time(p, 2 * d * left.element_size(), self.like):
+            mean = left[:, some].mT @ right / self.samples
+            moment = left[:, some].square().mT @ right.square() / self.samples
+            found[some] = moment.sub_(mean.square_()).clamp_(min=0)
+        return found
 
     def weighted(self, factors: Tensor) -> Tensor:  # noqa: D102
         scaled = self.left * factors.to(self.like.dtype)[:, None, None]
@@ -161,8 +177,9 @@ class Outer(PerSample):
         left, right = self.left[:, 0], self.right[:, 0]
         return (left @ left.mT) * (right @ right.mT)
 
-    def _squares_by_gram(self, wider: torch.dtype) -> Tensor:
-        (positions, p), d = self.left.shape[1:], self.right.shape[2]
+    def squares_by_gram(self) -> Tensor:
+        """Return ‖g_i‖² [N] by the Gram form, but for samples where it cancels."""
+        (positions, p), d, wider = self.left.shape[1:], self.right.shape[2], WIDER[self.like.dtype]
         roundoff, found = torch.finfo(wider).eps / 2, []
         for some in at_a_time(self.samples, 2 * positions**2 * wider.itemsize, self.like):
             left, right = self.left[some].to(wider), self.right[some].to(wider)
@@ -201,6 +218,28 @@ class Sum(PerSample):
         return total
 
 
+@dataclass
+class Stacked(PerSample):
+    """Gradients of samples that were run one at a time: of each, those of a batch of one."""
+
+    singles: list[PerSample]
+
+    def __post_init__(self) -> None:
+        self.samples, self.shape, self.like = len(self.singles), self.singles[0].shape, self.singles[0].like
+
+    def rows(self, some: slice) -> Tensor:  # noqa: D102
+        return torch.cat([single.rows(slice(None)) for single in self.singles[some]])
+
+    def squares(self) -> Tensor:  # noqa: D102
+        return torch.cat([single.squares() for single in self.singles])
+
+    def weighted(self, factors: Tensor) -> Tensor:  # noqa: D102
+        total = self.like.new_zeros(self.shape)
+        for single, factor in zip(self.singles, factors, strict=True):
+            total += single.weighted(factor[None])
+        return total
+
+
 def added(terms: list[PerSample], samples: int, like: Tensor) -> PerSample:
     """Return the gradients of a parameter `like` that has several uses; matrices' vectors are put side by side."""
     if len(terms) == 1:
@@ -211,30 +250,10 @@ def added(terms: list[PerSample], samples: int, like: Tensor) -> PerSample:
     return Sum(terms, samples, tuple(like.shape), like)
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which squares are summed: float32 at least."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def flat(rows: Tensor) -> Tensor:
-    """Return gradients [n, *shape] as [n, numbers]."""
-    return rows.flatten(1) if rows.dim() > 1 else rows[:, None]
-
-
-def squares_of(rows: Tensor) -> Tensor:
-    """Return ‖row‖² [n] of gradients that are there."""
-    numbers = rows[:, None] if rows.dim() == 1 else rows
-    norms: Tensor = torch.linalg.vector_norm(numbers, dim=tuple(range(1, numbers.dim())), dtype=wide(rows.dtype))
-    return norms.square()
-
-
-def weighted_sum(factors: Tensor, rows: Tensor) -> Tensor:
-    """Return Σ_i c_i rows_i [*shape] of gradients that are there."""
-    return torch.einsum("n,n...->...", factors.to(rows.dtype), rows)
-
-
 def outer(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """Return Σ_t left_it right_itᵀ [N, p, d] of [N, T, p] and [N, T, d]."""
+    if left.shape[1] == 1:  # on a CPU this takes a third of the time of a product of matrices
+        return torch.mul(left.mT, right, out=out)
     return torch.bmm(left.mT, right, out=out)
 
 
@@ -242,8 +261,3 @@ def at_a_time(samples: int, each: int, like: Tensor) -> Iterator[slice]:
     """Yield slices of as many samples as take some megabytes, at `each` bytes a sample, on the device of `like`."""
     most = max(1, AT_A_TIME.get(like.device.type, AT_A_TIME_ELSEWHERE) // max(1, each))
     return (slice(start, min(start + most, samples)) for start in range(0, samples, most))
-
-
-def capturing(like: Tensor) -> bool:
-    """Return whether a CUDA graph is being captured, which must not wait for a value."""
-    return like.is_cuda and torch.cuda.is_current_stream_capturing()

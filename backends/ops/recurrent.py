@@ -1,23 +1,23 @@
 """Recurrent layers in terms of linear ones: vmap has no rule for torch's, and their kernels show no pairs.
 
 The formulas are those of the documentation of `torch.nn.RNN`, `LSTM` and `GRU`. Inputs of all positions go through one
-product; each position adds one by the hidden state.
+product. Under vmap, so does the hidden state at each position. Over the batch, torch's own kernel finds the hidden
+states first; then all of them go through one product, too.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import _VF, Tensor
 
-from backends.ops.rules import rewrite
+from backends.ops.rules import OVER_THE_BATCH, UNDER_VMAP, rewrite
+from backends.ops.scan import Gates, Scan, State
 
-State: TypeAlias = tuple[Tensor, ...]
-"""(h,), or (h, c) of an LSTM."""
-
-Gates: TypeAlias = Callable[[Tensor, Tensor, State], State]
-"""(what comes of the input, what comes of h, state) -> the next state."""
+Run: TypeAlias = Callable[[Tensor, State, Sequence[Tensor], bool], tuple[Tensor, State]]
+"""(inputs [T, ...], first state, weights, whether there are biases) -> the outputs [T, ...], the last state."""
 
 
 def _tanh(x: Tensor, h: Tensor, state: State) -> State:
@@ -41,7 +41,7 @@ def _gru(x: Tensor, h: Tensor, state: State) -> State:
     return ((1 - keep) * new + keep * state[0],)
 
 
-def _recurrent(gates: Gates) -> Callable[..., Any]:
+def _recurrent(run: Run) -> Callable[..., Any]:
     """Return a layer's function, of the signature of `torch._VF.lstm` and the others."""
 
     def layer(
@@ -65,10 +65,10 @@ def _recurrent(gates: Gates) -> Callable[..., Any]:
         for depth in range(num_layers):
             sides = []
             for backwards in range(directions):
-                run = depth * directions + backwards
-                mine = weights[run * per_run : (run + 1) * per_run]
-                outputs, end = _run(gates, x, tuple(s[run] for s in states), mine, has_biases, bool(backwards))
-                sides.append(outputs)
+                place = depth * directions + backwards
+                mine = weights[place * per_run : (place + 1) * per_run]
+                outputs, end = run(x.flip(0) if backwards else x, tuple(s[place] for s in states), mine, has_biases)
+                sides.append(outputs.flip(0) if backwards else outputs)
                 ends.append(end)
             x = torch.cat(sides, -1)
             if depth < num_layers - 1:
@@ -78,21 +78,48 @@ def _recurrent(gates: Gates) -> Callable[..., Any]:
     return layer
 
 
-def _run(
-    gates: Gates, x: Tensor, state: State, weights: Sequence[Tensor], has_biases: bool, backwards: bool
+def _step_by_step(
+    gates: Gates, x: Tensor, state: State, weights: Sequence[Tensor], has_biases: bool
 ) -> tuple[Tensor, State]:
-    """Return the outputs [T, ...] of one layer in one direction, and its last state."""
+    """Run a layer in one direction by ops that have rules, or that vmap knows."""
     w_input, w_hidden, *more = weights
     b_input, b_hidden = more[:2] if has_biases else (None, None)
     projection = more[2 * has_biases :]
-    gated = F.linear(x, w_input, b_input).unbind(0)
     outputs = []
-    for step in reversed(gated) if backwards else gated:
+    for step in F.linear(x, w_input, b_input).unbind(0):
         state = gates(step, F.linear(state[0], w_hidden, b_hidden), state)
         if projection:
             state = (F.linear(state[0], projection[0]), *state[1:])
         outputs.append(state[0])
-    return torch.stack(outputs[::-1] if backwards else outputs), state
+    return torch.stack(outputs), state
+
+
+def _at_once(
+    layer: Callable[..., Any], gates: Gates, x: Tensor, state: State, weights: Sequence[Tensor], has_biases: bool
+) -> tuple[Tensor, State]:
+    """Run a layer in one direction by torch's kernel and a `Scan`."""
+    if len(weights) > 2 + 2 * has_biases:
+        return _step_by_step(gates, x, state, weights, has_biases)  # a projection
+    w_input, w_hidden, *biases = weights
+    b_input, b_hidden = biases or (None, None)
+    with torch.no_grad(), torch._C.DisableTorchFunction():
+        first = tuple(s[None] for s in state)
+        h, *_ = layer(x, first if len(first) > 1 else first[0], weights, has_biases, 1, 0.0, False, False, False)
+        h = torch.cat([first[0].to(h.dtype), h[:-1]])
+    from_input, from_hidden = F.linear(x, w_input, b_input), F.linear(h, w_hidden, b_hidden)
+    with torch.no_grad():
+        before = torch.stack([h, _memories(from_input + from_hidden, state[1])] if len(state) > 1 else [h], 1)
+    states = Scan.apply(gates, w_hidden.detach(), from_input, from_hidden, before, torch.stack(state))
+    return states[:, 0], states[-1].unbind(0)
+
+
+def _memories(gates: Tensor, c: Tensor) -> Tensor:
+    """Return c of an LSTM before each position, from the first one [N, H] and the gates' inputs [T, N, 4·H]."""
+    enter, forget, new, _ = gates.chunk(4, -1)
+    found = [c]
+    for kept, gained in zip(forget[:-1].sigmoid(), enter[:-1].sigmoid() * new[:-1].tanh(), strict=True):
+        found.append(torch.addcmul(gained, kept, found[-1]))
+    return torch.stack(found)
 
 
 def _cell(gates: Gates) -> Callable[..., Any]:
@@ -114,5 +141,7 @@ def _cell(gates: Gates) -> Callable[..., Any]:
 
 
 for _name, _gates in {"rnn_tanh": _tanh, "rnn_relu": _relu, "lstm": _lstm, "gru": _gru}.items():
-    rewrite(getattr(_VF, _name))(_recurrent(_gates))
+    _layer = getattr(_VF, _name)
+    rewrite(_layer, passes=[UNDER_VMAP])(_recurrent(partial(_step_by_step, _gates)))
+    rewrite(_layer, passes=[OVER_THE_BATCH])(_recurrent(partial(_at_once, _layer, _gates)))
     rewrite(getattr(_VF, f"{_name}_cell"))(_cell(_gates))

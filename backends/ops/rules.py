@@ -8,9 +8,9 @@ A rule is one function, from the gradient of an op's output and the op's own arg
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from backends.ops.persample import PerSample
 
@@ -23,6 +23,23 @@ Pieces: TypeAlias = Mapping[str, PerSample]
 ROLES = ("weight", "bias")
 
 
+class Bound(NamedTuple):
+    """An op's arguments.
+
+    Attributes:
+        arguments: By name, defaults among them.
+        positional: How many of them are given by position; the others by keyword.
+    """
+
+    arguments: dict[str, Any]
+    positional: int
+
+    def call(self, op: Op) -> Any:  # noqa: ANN401  whatever the op returns
+        """Return what the op returns."""
+        named = list(self.arguments.items())
+        return op(*(value for _, value in named[: self.positional]), **dict(named[self.positional :]))
+
+
 @dataclass(frozen=True)
 class Rule:
     """What is known of an op that has parameters.
@@ -30,29 +47,54 @@ class Rule:
     Attributes:
         gradients: (gradient of the output [N, ...], the op's arguments by name) -> g_i by role. Of the arguments,
             `input` is [N, ...], those in a role are the parameters themselves, the others as they were.
-        signature: The op's.
+        names: Of the op's arguments.
+        positional: How many of them may be given by position.
+        defaults: Of those that have one.
         covers: Whether the rule holds for these arguments.
     """
 
     gradients: Callable[..., Pieces]
-    signature: inspect.Signature
+    names: tuple[str, ...]
+    positional: int
+    defaults: Mapping[str, Any]
     covers: Callable[[Mapping[str, Any]], bool]
 
-    def bind(self, args: Any, kwargs: Any) -> inspect.BoundArguments | None:  # noqa: ANN401  an op's
-        """Return the op's arguments by name, or None where the rule does not hold for them."""
-        try:
-            bound = self.signature.bind(*args, **kwargs)
-        except TypeError:  # some ops have more than one signature
+    @classmethod
+    def of(cls, gradients: Callable[..., Pieces], covers: Callable[[Mapping[str, Any]], bool]) -> "Rule":
+        """Return the rule of a function, whose arguments but the first, g, are the op's."""
+        _, *parameters = inspect.signature(gradients).parameters.values()
+        names = tuple(p.name for p in parameters)
+        positional = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
+        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        return cls(gradients, names, positional, defaults, covers)
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Bound | None:
+        """Return the op's arguments, or None where the rule does not hold for them; `inspect` takes twice as long."""
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        if len(args) > self.positional or len(given) < len(args) + len(kwargs) or not given.keys() <= set(self.names):
+            return None  # some ops have more than one signature
+        found = {**self.defaults, **given}
+        if len(found) < len(self.names):
             return None
-        bound.apply_defaults()
-        return bound if self.covers(bound.arguments) else None
+        arguments = {name: found[name] for name in self.names}
+        return Bound(arguments, self.positional) if self.covers(arguments) else None
+
+
+class Rewrite(NamedTuple):
+    """What runs in place of an op; where it returns NotImplemented, the op does.
+
+    Attributes:
+        function: With the op's signature.
+        watched: Whether the ops that it calls are watched in turn, so that rules apply to them.
+    """
+
+    function: Op
+    watched: bool
 
 
 RULES: dict[Op, Rule] = {}
-REWRITES: dict[Op, tuple[Op, bool]] = {}
-
-CHOSEN: dict[str, str] = {}
-"""What has been chosen in this process by measuring and trying, by what it was chosen for; records show it."""
+UNDER_VMAP: dict[Op, Rewrite] = {}
+OVER_THE_BATCH: dict[Op, Rewrite] = {}
 
 
 def rule(*ops: Op, covers: Callable[[Mapping[str, Any]], bool] = lambda arguments: True) -> Callable[[F], F]:
@@ -64,25 +106,26 @@ def rule(*ops: Op, covers: Callable[[Mapping[str, Any]], bool] = lambda argument
     """
 
     def decorate(gradients: F) -> F:
-        signature = inspect.signature(gradients)
-        signature = signature.replace(parameters=[p for name, p in signature.parameters.items() if name != "g"])
-        RULES.update(dict.fromkeys(ops, Rule(gradients, signature, covers)))
+        RULES.update(dict.fromkeys(ops, Rule.of(gradients, covers)))
         return gradients
 
     return decorate
 
 
-def rewrite(*ops: Op, watched: bool = True) -> Callable[[F], F]:
-    """Return the decorator that makes a function run in place of some ops; where it returns NotImplemented, they run.
+def rewrite(
+    *ops: Op, watched: bool = True, passes: Sequence[dict[Op, Rewrite]] = (UNDER_VMAP, OVER_THE_BATCH)
+) -> Callable[[F], F]:
+    """Return the decorator that makes a function run in place of some ops.
 
     Args:
         ops: The ops, as a `TorchFunctionMode` sees them.
-        watched: Whether the ops that the function calls are watched in turn, so that rules apply to them. A function
-            that is not is there for vmap's sake, and does not run in a pass over the batch.
+        watched: See `Rewrite`.
+        passes: In which passes.
     """
 
     def decorate(function: F) -> F:
-        REWRITES.update(dict.fromkeys(ops, (function, watched)))
+        for rewrites in passes:
+            rewrites.update(dict.fromkeys(ops, Rewrite(function, watched)))
         return function
 
     return decorate

@@ -5,7 +5,6 @@ backward pass, takes g. Ops are watched, not modules: a weight may be tied, raw 
 uses adds its own term. How the passes are run is in `passes.py`.
 """
 
-import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -17,24 +16,26 @@ from torch.overrides import TorchFunctionMode
 
 from backends.base import Named
 from backends.ops.persample import PerSample
-from backends.ops.rules import REWRITES, ROLES, RULES, Op, Rule
+from backends.ops.rules import OVER_THE_BATCH, ROLES, RULES, UNDER_VMAP, Bound, Op, Rule
 
 
 class Place(NamedTuple):
     """Where the samples are in what goes into an op and comes out of it, in a pass over the batch.
 
     Attributes:
-        axis: On which axis.
+        axis: On which axis; None where there is one sample, to which all belongs.
         rows: How many entries on it each sample has.
         apart: Whether these are N apart, not one after the other.
     """
 
-    axis: int
+    axis: int | None
     rows: int = 1
     apart: bool = False
 
     def samples_first(self, t: Tensor) -> Tensor:
         """Return a tensor as [N, rows, ...]: a sample is a batch of its own, as under vmap."""
+        if self.axis is None:
+            return t[None]
         t = t.movedim(self.axis, 0)
         split: Tensor = t.unflatten(0, (self.rows, -1) if self.apart else (-1, self.rows))
         return split.transpose(0, 1) if self.apart else split
@@ -42,6 +43,8 @@ class Place(NamedTuple):
 
 SHARED = Place(-1)
 """Nowhere: what goes in and comes out is the same for all of them."""
+
+ALONE = Place(None)
 
 
 class Uncovered(Exception):
@@ -187,10 +190,10 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
         kwargs = kwargs or {}
-        function, watched = REWRITES.get(func, (None, True))
-        if function and (watched or self.samples is None):
-            with self if watched else nullcontext():
-                result = function(*args, **kwargs)
+        rewritten = (UNDER_VMAP if self.samples is None else OVER_THE_BATCH).get(func)
+        if rewritten:
+            with self if rewritten.watched else nullcontext():
+                result = rewritten.function(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         if self.with_rules and func in RULES and (bound := RULES[func].bind(args, kwargs)):
@@ -199,25 +202,25 @@ class Recorder(TorchFunctionMode):
                 return self._tapped(func, bound, names)
         return func(*args, **kwargs)
 
-    def _tapped(self, func: Op, bound: inspect.BoundArguments, names: dict[str, str]) -> Tensor:
+    def _tapped(self, func: Op, bound: Bound, names: dict[str, str]) -> Tensor:
         x = bound.arguments["input"]
         bound.arguments.update({role: self.values[name] for role, name in names.items()})
-        y = func(*bound.args, **bound.kwargs)
+        y = bound.call(func)
         if self.samples is not None:
             place = self._place(x, y, self.samples)
             if place == SHARED:
                 x, y, place = (*(t.expand(self.samples, *t.shape[1:]) for t in (x, y)), Place(0))
-            seen: Tensor = BatchTap.apply(
-                y, self.token, x, Site(self, RULES[func], dict(bound.arguments), names, place)
-            )
+            seen: Tensor = BatchTap.apply(y, self.token, x, Site(self, RULES[func], bound.arguments, names, place))
             return seen
         others = [t for k, t in bound.arguments.items() if isinstance(t, Tensor) and k not in ("input", *ROLES)]
-        site = Site(self, RULES[func], dict(bound.arguments), names, None)
+        site = Site(self, RULES[func], bound.arguments, names, None)
         tapped: Tensor = Tap.apply(y, self.token, x, site, *others)
         return tapped
 
     def _place(self, x: Tensor, y: Tensor, n: int) -> Place:
         """Return where the samples are in what goes into an op and comes out of it: what fits, and did for others."""
+        if n == 1:
+            return ALONE
         lengths = [a if a == b else 0 for a, b in zip(x.shape, y.shape, strict=False)]
         fit = [Place(axis) for axis, length in enumerate(lengths) if length == n]
         first = lengths[0] if lengths else 0

@@ -1,0 +1,58 @@
+"""What is chosen by measuring: of several ways to the same tensor, the fastest on this device."""
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Way: TypeAlias = Callable[[], Tensor]
+
+CHOSEN: dict[str, str] = {}
+"""What has been chosen in this process by measuring and trying, by what it was chosen for; records show it."""
+
+TRIES = 2  # of each way: the first one may compile, allocate, or pick a kernel
+
+
+def fastest(ways: Mapping[str, Way], what: str, samples: int, like: Tensor) -> Tensor:
+    """Return the tensor by the way that is fastest for `what`; when that is new, all are tried.
+
+    Args:
+        ways: By name. The first one is taken where there is no time to measure: while a CUDA graph is captured.
+        what: All that the speed of the ways depends on but device, dtype and the number of samples.
+        samples: Their number; its power of two is part of what the choice is made for.
+        like: Any tensor of the dtype and on the device.
+    """
+    if len(ways) == 1:
+        return next(iter(ways.values()))()
+    dtype = str(like.dtype).removeprefix("torch.")
+    key = f"{what}, {dtype}, {like.device.type}, {1 << samples.bit_length() - 1} samples or more"
+    if key not in CHOSEN:
+        if capturing(like):  # warming up, outside of the capture, has chosen
+            return next(iter(ways.values()))()
+        seconds = {name: min(_timed(way, like) for _ in range(TRIES)) for name, way in ways.items()}
+        CHOSEN[key] = min(seconds, key=lambda name: seconds[name])
+    return ways[CHOSEN[key]]()
+
+
+def capturing(like: Tensor) -> bool:
+    """Return whether a CUDA graph is being captured, which must not wait for a value."""
+    return like.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _timed(way: Way, like: Tensor) -> float:
+    """Return how many seconds a way takes; endless where it needs more memory than there is."""
+    _wait(like)
+    start = time.perf_counter()
+    with suppress(torch.OutOfMemoryError):
+        way()
+        _wait(like)
+        return time.perf_counter() - start
+    return float("inf")
+
+
+def _wait(like: Tensor) -> None:
+    if like.is_cuda:
+        torch.cuda.synchronize(like.device)
