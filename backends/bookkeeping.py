@@ -35,11 +35,12 @@ from backends.base import (
 from backends.batch import Batch
 from backends.ops.choice import CHOSEN
 from backends.ops.pages import Pool, release
-from backends.ops.passes import Passes, PerParameter
-from backends.ops.persample import PerSample
+from backends.ops.passes import Passes
+from backends.ops.persample import PerSample, bytes_at_a_time
 from backends.running import library_call
 
 R = TypeVar("R", Tensor, Named)
+T = TypeVar("T")
 
 
 @register("bookkeeping")
@@ -74,64 +75,90 @@ class Bookkeeping(Backend):
         def memory(name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
             return pool.same(name, shape, like) if self.reuse_buffers else pool.empty(shape, like)
 
-        return _contracting(
-            model, loss_fn, lambda found: _each(found, lambda name, g: g.grads(partial(memory, name)).contiguous())
-        )
+        def written(name: str, g: PerSample) -> Tensor:
+            return g.grads(partial(memory, name)).contiguous()
+
+        return _built(model, loss_fn, written, _as_they_are)
 
     def norms(self, model: nn.Module, loss_fn: LossFn) -> TensorFn:
         """Build ‖g_i‖ from pairs."""
-        return _contracting(model, loss_fn, _norms)
+        return _built(model, loss_fn, lambda name, g: g.squares(), lambda found: _total(found.values()).sqrt())
 
     def clipped_sum(self, model: nn.Module, loss_fn: LossFn, *, max_norm: Positive = 1.0) -> GradsFn:
         """Build Σ_i min(1, C/‖g_i‖) g_i from the same pairs as the norms."""
+        keep = _Keep()
 
-        def contract(found: PerParameter) -> Named:
-            factors = clip_factors(_norms(found), max_norm)
-            return _each(found, lambda name, g: g.weighted(factors))
+        def weighted(found: dict[str, tuple[PerSample, Tensor]]) -> Named:
+            keep.extra = 0
+            factors = clip_factors(_total(squares for _, squares in found.values()).sqrt(), max_norm)
+            return {name: found.pop(name)[0].weighted(factors) for name in list(found)}
 
-        return _contracting(model, loss_fn, contract)
+        return _built(model, loss_fn, keep, weighted)
 
     def variance(self, model: nn.Module, loss_fn: LossFn) -> GradsFn:
         """Build 1/N Σ (g_i − ḡ)², some samples at a time."""
-        return _contracting(model, loss_fn, lambda found: _each(found, lambda name, g: g.variance()))
+        return _built(model, loss_fn, lambda name, g: g.variance(), _as_they_are)
 
     def gram(self, model: nn.Module, loss_fn: LossFn) -> TensorFn:
         """Build ⟨g_i, g_j⟩, the sum over parameters."""
-        return _contracting(model, loss_fn, lambda found: _total(g.gram() for g in found.values()))
+        return _built(model, loss_fn, lambda name, g: g.gram(), lambda found: _total(found.values()))
 
 
-def _contracting(
-    model: nn.Module, loss_fn: LossFn, contract: Callable[[PerParameter], R]
+def _built(
+    model: nn.Module,
+    loss_fn: LossFn,
+    each: Callable[[str, PerSample], T],
+    combine: Callable[[dict[str, T]], R],
 ) -> Callable[[Batch, Tensor], R]:
-    """Return the function of (inputs, targets) that contracts what both passes leave, in the parameters' dtypes."""
+    """Return the function of (inputs, targets) that both passes and contractions make.
+
+    Args:
+        model: The caller's.
+        loss_fn: Its loss.
+        each: What is wanted of a parameter's gradients: (name, gradients), as soon as they are known, while the
+            backward pass goes on and they are in the cache.
+        combine: What came of that, by name -> the result.
+    """
     original, model = model, own_copy(model)
     passes = Passes(model, loss_fn)
     dtypes = {name: p.dtype for name, p in trainable(model).items()}
 
     def fn(inputs: Batch, targets: Tensor) -> R:
         with library_call(original, model, loss_fn, inputs, targets):
-            found = passes(inputs, targets)
+            found = passes(inputs, targets, each)
         with torch.no_grad():
-            result: R = _cast(contract(found), dtypes)
+            result: R = _cast(combine(found), dtypes)
         return result
 
     return fn
 
 
-def _cast(result: Any, dtypes: Mapping[str, torch.dtype]) -> Any:  # noqa: ANN401  what `contract` returns
+class _Keep:
+    """What a clipped sum keeps of each parameter's gradients until all norms are known, and their squares.
+
+    Squares mostly come of the gradients themselves. They are kept where that takes little more than the pairs they are
+    made of, and weighted later. `extra` is how many bytes more have been taken.
+    """
+
+    extra = 0
+
+    def __call__(self, name: str, g: PerSample) -> tuple[PerSample, Tensor]:
+        more = g.bytes() - g.held()
+        if more <= min(g.held(), bytes_at_a_time(g.like) - self.extra):
+            self.extra += max(0, more)
+            g = g.compact(2)
+        return g, g.squares()
+
+
+def _cast(result: Any, dtypes: Mapping[str, torch.dtype]) -> Any:  # noqa: ANN401  what `combine` returns
     """Return a result in the parameters' dtypes: under autocast, pairs are not."""
     if isinstance(result, Tensor):
         return result.to(next(iter(dtypes.values())))
     return {name: t.to(dtypes[name]) for name, t in result.items()}
 
 
-def _each(found: PerParameter, contract: Callable[[str, PerSample], Tensor]) -> Named:
-    """Return a result for each parameter; what it is made of is freed as soon as it is there."""
-    return {name: contract(name, found.pop(name)) for name in list(found)}
-
-
-def _norms(found: Mapping[str, PerSample]) -> Tensor:
-    return _total(g.squares() for g in found.values()).sqrt()
+def _as_they_are(found: Named) -> Named:
+    return found
 
 
 def _total(parts: Iterable[Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ Each function takes `grads`, which returns {name: [k, *shape]} for k samples, an
 batch. Half precision is accumulated in float32.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from math import ceil
@@ -61,30 +62,44 @@ def clipped_sum(grads: GradsFn, most: int, max_norm: float) -> GradsFn:
 
 
 def variance(grads: GradsFn, most: int) -> GradsFn:
-    """Return the function for the elementwise 1/N Σ (g_i − ḡ)², `most` samples at a time.
-
-    Means and squared deviations of chunks are merged (Chan, Golub, LeVeque 1979), which cancels nothing; the plain
-    difference of second moment and squared mean would.
-    """
+    """Return the function for the elementwise 1/N Σ (g_i − ḡ)², `most` samples at a time."""
 
     def fn(inputs: Batch, targets: Tensor) -> Named:
-        done, mean, squares, dtypes = 0, {}, {}, {}  # type: int, Named, Named, dict[str, torch.dtype]
+        found: dict[str, Moments] = defaultdict(Moments)
         for chunk in chunks(inputs, targets, most):
-            n = size(chunk[0])
             for name, g in grads(*chunk).items():
-                g, dtypes[name] = g.to(wide(g.dtype)), g.dtype
-                means = g.mean(0) if n > 1 else g[0]
-                if not done:
-                    mean[name], squares[name] = means.clone(), torch.zeros_like(means)
-                if n > 1:  # torch.var would do, but takes ten times as long along the first axis on a CPU
-                    squares[name] += g.sub(means).square_().sum(0)
-                gap = means - mean[name]
-                mean[name].add_(gap, alpha=n / (done + n))
-                squares[name].addcmul_(gap, gap, value=done * n / (done + n))
-            done += n
-        return {name: squares[name].div_(done).to(dtype) for name, dtype in dtypes.items()}
+                found[name].add(g)
+        return {name: moments.variance() for name, moments in found.items()}
 
     return fn
+
+
+class Moments:
+    """Mean and squared deviations of gradients, of some samples after others.
+
+    Those of parts are merged (Chan, Golub, LeVeque 1979), which cancels nothing; the plain difference of second moment
+    and squared mean would.
+    """
+
+    samples = 0
+
+    def add(self, g: Tensor) -> None:
+        """Take the gradients [n, *shape] of further samples."""
+        self.dtype, g, n = g.dtype, g.to(wide(g.dtype)), len(g)
+        mean = g.mean(0) if n > 1 else g[0]
+        if not self.samples:
+            self.mean, self.squares = mean.clone(), torch.zeros_like(mean)
+        if n > 1:  # torch.var would do, but takes ten times as long along the first axis on a CPU
+            self.squares += g.sub(mean).square_().sum(0)
+        if self.samples:
+            gap, total = mean - self.mean, self.samples + n
+            self.mean.add_(gap, alpha=n / total)
+            self.squares.addcmul_(gap, gap, value=self.samples * n / total)
+        self.samples += n
+
+    def variance(self) -> Tensor:
+        """Return 1/N Σ (g_i − ḡ)² [*shape]."""
+        return self.squares.div_(self.samples).to(self.dtype)
 
 
 def gram(grads: GradsFn, most: int, held: int) -> TensorFn:
@@ -95,7 +110,7 @@ def gram(grads: GradsFn, most: int, held: int) -> TensorFn:
 
     def fn(inputs: Batch, targets: Tensor) -> Tensor:
         n = size(inputs)
-        blocks = _slices(n, held)
+        blocks = slices(n, held)
         rows: list[Tensor] = []
         for block in blocks:
             parts = [rows_of_all(grads(*chunk)) for chunk in chunks(take(inputs, block), targets[block], most)]
@@ -128,11 +143,12 @@ def default_bytes(parameters: Sequence[Tensor], *, held: bool = False) -> int:
 
 def chunks(inputs: Batch, targets: Tensor, most: int) -> Iterator[tuple[Batch, Tensor]]:
     """Yield the batch in parts of `most` samples or fewer, as even as can be."""
-    for part in _slices(size(inputs), most):
+    for part in slices(size(inputs), most):
         yield take(inputs, part), targets[part]
 
 
-def _slices(n: int, most: int) -> list[slice]:
+def slices(n: int, most: int) -> list[slice]:
+    """Return slices of N samples, `most` or fewer in each, as even as can be."""
     count = ceil(n / most)
     ends = [round(n * i / count) for i in range(count + 1)]
     return [slice(a, b) for a, b in pairwise(ends)]
@@ -180,7 +196,7 @@ def clip_factors(norms: Tensor, max_norm: float) -> Tensor:
 
 def weighted_sum(weights: Tensor, grads: Tensor) -> Tensor:
     """Return Σ_i w_i g_i [*shape] of weights [N] and per-sample gradients [N, *shape]."""
-    return torch.einsum("n,n...->...", weights.to(grads.dtype), grads)
+    return (weights.to(grads.dtype) @ rows_of(grads)).view(grads.shape[1:])  # einsum takes three times as long on few
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

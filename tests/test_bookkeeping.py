@@ -150,19 +150,23 @@ def assert_right(model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
         assert_close(ours(inputs, targets), loop(inputs, targets))
 
 
+def itself(name: str, g: PerSample) -> PerSample:
+    return g
+
+
 def differentiated_directly(model: nn.Module, inputs: Tensor, targets: Tensor) -> set[str]:
     """Return the parameters that were used outside of rules under vmap."""
     passes, found = Passes(own_copy(model), squares), []
     backward = passes._backward
     passes._backward = lambda *args: found.append(backward(*args)) or found[-1]  # type: ignore[func-returns-value, method-assign]
-    passes._under_vmap(inputs, targets)
+    passes._under_vmap(inputs, targets, itself)
     return set(found[-1][0])
 
 
 def way_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> str:
     """Return how the passes are run."""
     passes = Passes(own_copy(model), squares)
-    passes(inputs, targets)
+    passes(inputs, targets, itself)
     ((way, *_),) = passes.ways.values()
     return way.name
 
@@ -345,10 +349,10 @@ def test_passes_are_run_the_cheapest_way_that_is_right(name: str) -> None:
 def test_a_batch_that_fails_leaves_the_cheapest_way_as_it_was() -> None:
     model = habit(lambda s, x: s.a(x).sin() / (1 if bool((x < 100).all()) else None))
     passes = Passes(own_copy(model), squares)
-    passes(real(6, 5), real(6))
+    passes(real(6, 5), real(6), itself)
     with pytest.raises(TypeError):
-        passes(real(6, 5) + 1000, real(6))
-    passes(real(6, 5), real(6))
+        passes(real(6, 5) + 1000, real(6), itself)
+    passes(real(6, 5), real(6), itself)
     ((way, *_),) = passes.ways.values()
     assert way.name == "over the batch"
 

@@ -13,7 +13,7 @@ Way: TypeAlias = Callable[[], Tensor]
 CHOSEN: dict[str, str] = {}
 """What has been chosen in this process by measuring and trying, by what it was chosen for; records show it."""
 
-TRIES = 2  # of each way: the first one may compile, allocate, or pick a kernel
+TRIES = 3  # of each way, in turn: the first one may compile, allocate, or pick a kernel
 
 
 def fastest(ways: Mapping[str, Way], what: str, samples: int, like: Tensor) -> Tensor:
@@ -32,7 +32,8 @@ def fastest(ways: Mapping[str, Way], what: str, samples: int, like: Tensor) -> T
     if key not in CHOSEN:
         if capturing(like):  # warming up, outside of the capture, has chosen
             return next(iter(ways.values()))()
-        seconds = {name: min(_timed(way, like) for _ in range(TRIES)) for name, way in ways.items()}
+        rounds = [{name: _timed(way, like) for name, way in ways.items()} for _ in range(TRIES)]
+        seconds = {name: min(r[name] for r in rounds) for name in ways}
         CHOSEN[key] = min(seconds, key=lambda name: seconds[name])
     return ways[CHOSEN[key]]()
 

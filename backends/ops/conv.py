@@ -14,6 +14,9 @@ from backends.ops.choice import capturing, fastest
 from backends.ops.persample import WIDER, Dense, Outer, PerSample, at_a_time, outer
 from backends.ops.rules import Pieces, rule
 
+IMAGES = 8
+"""Times as many bytes of images as of gradients may be at work at a time: ways copy both, but gradients go on."""
+
 
 @dataclass
 class Correlation(PerSample):
@@ -44,9 +47,15 @@ class Correlation(PerSample):
         self.samples, self.like = len(self.y), self.y
 
     def rows(self, some: slice) -> Tensor:  # noqa: D102
-        part = replace(self, x=self.x[some], y=self.y[some])
-        ways = {way.__name__: partial(way, part) for way in self.ways()}
-        return fastest(ways, self.geometry(), part.samples, part.like)
+        of = replace(self, x=self.x[some], y=self.y[some])
+        parts = at_a_time(of.samples, of.held() // (IMAGES * max(1, of.samples)), of.like)
+        if len(parts) == 1:
+            ways = {way.__name__: partial(way, of) for way in self.ways()}
+            return fastest(ways, self.geometry(), of.samples, of.like)
+        rows = of.like.new_empty(of.samples, *of.shape)
+        for part in parts:
+            rows[part] = of.rows(part)
+        return rows
 
     def ways(self) -> list[Callable[["Correlation"], Tensor]]:
         """Return the ways to its gradients that there are."""
@@ -69,9 +78,8 @@ class Correlation(PerSample):
         about = [f"weight {'×'.join(map(str, self.shape))}", f"input {image}", *options]
         return ", ".join(about)
 
-    def compact(self) -> PerSample:  # noqa: D102
-        held = (self.x.numel() + self.y.numel()) * self.like.element_size()
-        return self if held <= self.bytes() else Dense(self.rows(slice(None)))
+    def held(self) -> int:  # noqa: D102
+        return (self.x.numel() + self.y.numel()) * self.like.element_size()
 
     def squares(self) -> Tensor:
         """Return ‖g_i‖² [N]; of small images perhaps as of a matrix that each patch went through, in the Gram form."""
@@ -79,8 +87,14 @@ class Correlation(PerSample):
         fewer = positions * (p + prod(others)) < p * prod(others)  # multiplications
         ways = {"direct": super().squares}
         if self.groups == 1 and fewer and self.like.dtype in WIDER and not capturing(self.like):
-            ways["gram"] = lambda: self.patches().squares_by_gram()
+            ways["gram"] = self.squares_by_gram
         return fastest(ways, f"norms of {self.geometry()}", self.samples, self.like)
+
+    def squares_by_gram(self) -> Tensor:
+        """Return ‖g_i‖² [N] by the Gram form of patches, some samples at a time."""
+        numbers = self.y.shape[1] * prod(self.y.shape[3:]) * (self.shape[0] + prod(self.shape[1:]))
+        parts = at_a_time(self.samples, numbers * WIDER[self.like.dtype].itemsize, self.like)
+        return torch.cat([replace(self, x=self.x[i], y=self.y[i]).patches().squares_by_gram() for i in parts])
 
     def weighted(self, factors: Tensor) -> Tensor:  # noqa: D102
         y = self.y * factors.to(self.y.dtype).view(-1, *[1] * (self.y.dim() - 1))
@@ -129,19 +143,21 @@ def by_places(of: Correlation) -> Tensor:
 
     Rows of pixels go on without a gap once y is as wide as the padded x; then all of an image, shifted, is one matrix.
     """
-    n, p = of.samples, of.shape[0]
-    x = F.pad(of.x[:, 0], [side for pad in reversed(of.padding) for side in (pad, pad)])
-    size, kernel, out_size = x.shape[2:], of.shape[2:], of.y.shape[3:]
+    (p, c, *kernel), out_size = of.shape, of.y.shape[3:]
+    size = [width + 2 * pad for width, pad in zip(of.x.shape[3:], of.padding, strict=True)]
     pixel = [prod(size[d + 1 :]) for d in range(len(size))]
     length = 1 + sum((width - 1) * step for width, step in zip(out_size, pixel, strict=True))
     wider = [0, *(whole - part for whole, part in zip(size[1:], out_size[1:], strict=True))]
-    y = F.pad(of.y[:, 0], [side for more in reversed(wider) for side in (0, more)]).flatten(2)[..., :length]
-    x = x.flatten(2)
-    out = y.new_empty(prod(kernel), n, p, x.shape[1])
-    for place, index in zip(out, product(*map(range, kernel)), strict=True):
-        start = sum(i * apart * step for i, apart, step in zip(index, of.dilation, pixel, strict=True))
-        outer(y.mT, x[..., start : start + length].mT, out=place)
-    return out.view(*kernel, n, p, -1).movedim((-3, -2, -1), (0, 1, 2))
+    rows = of.y.new_empty(of.samples, p, c, prod(kernel))
+    for some in at_a_time(of.samples, of.like.element_size() * max((c + p) * prod(size), rows[0].numel()), of.like):
+        x = F.pad(of.x[some, 0], [side for pad in reversed(of.padding) for side in (pad, pad)]).flatten(2)
+        y = F.pad(of.y[some, 0], [side for more in reversed(wider) for side in (0, more)]).flatten(2)[..., :length]
+        places = of.y.new_empty(prod(kernel), len(x), p, c)
+        for place, index in zip(places, product(*map(range, kernel)), strict=True):
+            start = sum(i * apart * step for i, apart, step in zip(index, of.dilation, pixel, strict=True))
+            outer(y.mT, x[..., start : start + length].mT, out=place)
+        rows[some] = places.movedim(0, -1)
+    return rows.view(-1, *of.shape)
 
 
 def images(x: Tensor, dimensions: int) -> Tensor:

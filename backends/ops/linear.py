@@ -79,12 +79,21 @@ class Scattered(PerSample):
     def weighted(self, factors: Tensor) -> Tensor:  # noqa: D102
         return self._added(self.index, self.values * factors.to(self.values.dtype)[:, None, None], self.height)
 
+    def variance(self) -> Tensor:
+        """Return 1/N Σ (g_i − ḡ)² [V, D], zero in rows that no sample took."""
+        used, taken = self._taken()
+        found = self.like.new_zeros(self.shape)
+        found[used] = PerSample.variance(taken)
+        return found
+
     def gram(self) -> Tensor:
         """Return ⟨g_i, g_j⟩ [N, N], of the rows that any sample took."""
+        return PerSample.gram(self._taken()[1])
+
+    def _taken(self) -> tuple[Tensor, "Scattered"]:
+        """Return which rows any sample took, and the gradients of a table of those alone."""
         used, place = torch.unique(self.index, return_inverse=True)
-        if len(used) == self.height:
-            return super().gram()
-        return Scattered(place, self.values, len(used)).gram()
+        return used, Scattered(place, self.values, len(used))
 
     def _added(self, index: Tensor, values: Tensor, height: int) -> Tensor:
         table: Tensor = values.new_zeros(height, values.shape[2])

@@ -27,8 +27,8 @@ from torch.func import functional_call, vmap
 from backends.base import LossFn, Named, trainable
 from backends.batch import Batch, apply, call, signature, size, take
 from backends.ops.choice import CHOSEN
-from backends.ops.persample import Dense, PerSample, Stacked, added
-from backends.ops.taps import Place, Recorder, Uncovered
+from backends.ops.persample import Dense, PerSample, Stacked
+from backends.ops.taps import Each, Layout, Recorder, Uncovered
 from backends.probe import some, some_targets
 from backends.running import kept_buffers
 
@@ -44,15 +44,15 @@ NOISE = 8
 
 
 class Way(NamedTuple):
-    """A way to run both passes: (inputs, targets) -> each parameter's g_i."""
+    """A way to run both passes: (inputs, targets, what is wanted of each parameter's g_i) -> that, by name."""
 
     name: str
-    run: Callable[[Batch, Tensor], PerParameter]
+    run: Callable[[Batch, Tensor, Each], dict[str, Any]]
 
 
 @dataclass
 class Passes:
-    """Both passes of a model: `passes(inputs, targets)` returns each parameter's g_i, by name.
+    """Both passes of a model: `passes(inputs, targets, each)` returns what `each` makes of each parameter's g_i.
 
     Attributes:
         model: The backend's own copy.
@@ -70,15 +70,15 @@ class Passes:
         self.parameters = trainable(self.model)
         self.values = {name: p.detach() for name, p in self.parameters.items()}
 
-    def __call__(self, inputs: Batch, targets: Tensor) -> PerParameter:
+    def __call__(self, inputs: Batch, targets: Tensor, each: Each) -> dict[str, Any]:
         """Run both passes; what a way cannot do with these very inputs, the next one does."""
         if size(inputs) == 1:
-            return self._alone(inputs, targets)
+            return self._alone(inputs, targets, each)
         form = signature(inputs)
         ways = self.ways.get(form) or self._ways(inputs, targets)
         for count, way in enumerate(ways):
             with _going_on(count < len(ways) - 1), kept_buffers(self.model):
-                found = way.run(inputs, targets)
+                found = way.run(inputs, targets, each)
                 self.ways[form] = ways[count:]
                 CHOSEN[f"passes of {type(self.model).__name__}"] = way.name
                 return found
@@ -87,30 +87,34 @@ class Passes:
     def _ways(self, inputs: Batch, targets: Tensor) -> list[Way]:
         """Return the ways that are right for a few samples, the cheapest first."""
         few = list(zip(some(inputs), some_targets(targets), strict=True))[1:]
-        found, alone = [], [self._one_by_one(*batch) for batch in few]
+        found, alone = [], [self._one_by_one(*batch, _itself) for batch in few]
         for apart in (False, True):
             with _going_on(), kept_buffers(self.model):
-                ours, (places, again) = zip(*(self._over_the_batch(*b, apart=apart) for b in few), strict=True)
-                if places == again and all(map(_near, ours, alone)):
-                    found.append(Way("over the batch", partial(self._as_known, places)))
+                ours, (layout, again) = zip(*(self._looked_at(*b, apart=apart) for b in few), strict=True)
+                if layout == again and all(map(_near, ours, alone)):
+                    found.append(Way("over the batch", partial(self._over_the_batch, layout)))
                     break
         with _going_on():
             for batch in few:
-                self._under_vmap(*batch)
+                self._under_vmap(*batch, _itself)
             found.append(Way("under vmap", self._under_vmap))
         return [*found, Way("one by one", self._one_by_one)]
 
-    def _as_known(self, places: Sequence[Place], inputs: Batch, targets: Tensor) -> PerParameter:
-        return self._over_the_batch(inputs, targets, known=places)[0]
+    def _looked_at(self, inputs: Batch, targets: Tensor, *, apart: bool) -> tuple[PerParameter, Layout]:
+        recorder, shared = self._batch_pass(inputs, targets, apart=apart)
+        uses = {name: count for name, count in recorder.uses.items() if name not in shared}
+        return recorder.all_wanted(size(inputs)), Layout(recorder.places, uses)
 
-    def _over_the_batch(
-        self, inputs: Batch, targets: Tensor, *, known: Sequence[Place] | None = None, apart: bool = False
-    ) -> tuple[PerParameter, Sequence[Place]]:
+    def _over_the_batch(self, layout: Layout, inputs: Batch, targets: Tensor, each: Each) -> dict[str, Any]:
+        return self._batch_pass(inputs, targets, known=layout, each=each)[0].all_wanted(size(inputs))
+
+    def _batch_pass(self, inputs: Batch, targets: Tensor, **how: Any) -> tuple[Recorder, Named]:  # noqa: ANN401
+        """Return the recorder of both passes, see there, and the parameters that were there as [N, ...]."""
         n = size(inputs)
         shared = {name: p for name, p in self.values.items() if p.dim() > 1 and len(p) == 1}
         copies = {name: p.expand(n, *p.shape[1:]).requires_grad_() for name, p in shared.items()}
         token = self._token(n)
-        recorder = self._recorder(copies, token, samples=n, known=known, apart=apart)
+        recorder = self._recorder(copies, token, samples=n, **how)
         model = (lambda *a, **k: functional_call(self.model, copies, a, k)) if copies else self.model
         with recorder:
             losses = self.loss_fn(call(model, inputs), targets)
@@ -121,18 +125,21 @@ class Passes:
             raise Uncovered
         for name, g in by_copies.items():
             recorder.found[name].append(Dense(g[:, None]))
-        return self._added(recorder, n), recorder.places
+        return recorder, copies
 
-    def _under_vmap(self, inputs: Batch, targets: Tensor) -> PerParameter:
-        return self._ruled("under vmap", lambda with_rules: self._vmapped(inputs, targets, with_rules))
+    def _under_vmap(self, inputs: Batch, targets: Tensor, each: Each) -> dict[str, Any]:
+        def run(with_rules: bool) -> dict[str, Any]:
+            return self._vmapped(inputs, targets, each=each, with_rules=with_rules)
 
-    def _vmapped(self, inputs: Batch, targets: Tensor, with_rules: bool) -> PerParameter:
+        return self._ruled("under vmap", run)
+
+    def _vmapped(self, inputs: Batch, targets: Tensor, **how: Any) -> dict[str, Any]:  # noqa: ANN401
         n = size(inputs)
         copies = {name: p.expand(n, *p.shape).requires_grad_() for name, p in self.values.items()}
         recorders: list[Recorder] = []
 
         def loss(copies: Named, token: Tensor, buffers: Named, inputs: Batch, targets: Tensor) -> Tensor:
-            recorders.append(self._recorder(copies, token, with_rules=with_rules))
+            recorders.append(self._recorder(copies, token, **how))
             inputs, targets = apply(lambda t: t[None], inputs), apply(lambda t: t[None], targets)
             with recorders[0]:
                 outputs = call(lambda *a, **k: functional_call(self.model, (copies, buffers), a, k), inputs)
@@ -145,37 +152,38 @@ class Passes:
             raise Uncovered
         for name, g in by_copies.items():
             recorders[0].found[name].append(Dense(g))
-        return self._added(recorders[0], n)
+        return recorders[0].all_wanted(n)
 
-    def _one_by_one(self, inputs: Batch, targets: Tensor) -> PerParameter:
+    def _one_by_one(self, inputs: Batch, targets: Tensor, each: Each) -> dict[str, Any]:
         samples = (slice(i, i + 1) for i in range(size(inputs)))
-        found = [self._alone(take(inputs, i), take(targets, i)) for i in samples]
-        return {name: Stacked([one[name] for one in found]) for name in self.values}
+        found = [self._alone(take(inputs, i), take(targets, i), _itself) for i in samples]
+        with torch.no_grad():
+            return {name: each(name, Stacked([one.pop(name) for one in found])) for name in self.values}
 
-    def _alone(self, inputs: Batch, targets: Tensor) -> PerParameter:
-        def run(with_rules: bool) -> PerParameter:
+    def _alone(self, inputs: Batch, targets: Tensor, each: Each) -> dict[str, Any]:
+        def run(with_rules: bool) -> dict[str, Any]:
             with kept_buffers(self.model):
-                return self._of_one(inputs, targets) if with_rules else self._plain(inputs, targets)
+                return (self._of_one if with_rules else self._plain)(inputs, targets, each)
 
         return self._ruled("alone", run)
 
-    def _of_one(self, inputs: Batch, targets: Tensor) -> PerParameter:
+    def _of_one(self, inputs: Batch, targets: Tensor, each: Each) -> dict[str, Any]:
         token = self._token(1)
-        recorder = self._recorder({}, token, samples=1)
+        recorder = self._recorder({}, token, samples=1, each=each)
         with recorder:
             losses = self.loss_fn(call(self.model, inputs), targets)
             _, direct = self._backward(recorder, losses, token, {})  # a checkpoint runs again what it has run
         for name, g in direct.items():
             recorder.found[name].append(Dense(_dense(g)[None]))
-        return self._added(recorder, 1)
+        return recorder.all_wanted(1)
 
-    def _plain(self, inputs: Batch, targets: Tensor) -> PerParameter:
+    def _plain(self, inputs: Batch, targets: Tensor, each: Each) -> dict[str, Any]:
         self.model.zero_grad(set_to_none=True)
         torch.autograd.backward(self.loss_fn(call(self.model, inputs), targets).sum())
         grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in self.parameters.items()}
-        return {name: Dense(_dense(g)[None]) for name, g in grads.items()}
+        return {name: each(name, Dense(_dense(g)[None])) for name, g in grads.items()}
 
-    def _ruled(self, name: str, run: Callable[[bool], PerParameter]) -> PerParameter:
+    def _ruled(self, name: str, run: Callable[[bool], dict[str, Any]]) -> dict[str, Any]:
         """Run with rules if that works, else without: the model itself may differentiate through its ops, say."""
         if name not in self.ruleless:
             with _going_on():
@@ -203,8 +211,9 @@ class Passes:
         by_copies, direct = used[: len(copies)], used[len(copies) :]
         return {k: g for k, g in by_copies if g is not None}, {k: g for k, g in direct if g is not None}
 
-    def _added(self, recorder: Recorder, n: int) -> PerParameter:
-        return {name: added(recorder.found.pop(name), n, p) for name, p in self.values.items()}
+
+def _itself(name: str, g: PerSample) -> PerSample:
+    return g
 
 
 def _dense(g: Tensor) -> Tensor:

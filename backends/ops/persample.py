@@ -5,7 +5,7 @@ at a time, so that memory stays bounded; a form overrides what it can have for l
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import TypeAlias
@@ -13,10 +13,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from backends.derived import rows_of, squares_of, weighted_sum, wide
+from backends.derived import Moments, default_bytes, rows_of, slices, squares_of, weighted_sum, wide
 from backends.ops.choice import capturing, fastest
+from backends.ops.pages import LARGE
 
-AT_A_TIME = {"cpu": 2**22}
+AT_A_TIME = {"cpu": 2**21}
 """Bytes of gradients made at a time where they are not the result: on a CPU they stay in its cache."""
 
 AT_A_TIME_ELSEWHERE = 2**28
@@ -42,17 +43,20 @@ class PerSample(ABC):
     def rows(self, some: slice) -> Tensor:
         """Return the gradients of some samples [n, *shape]."""
 
-    def compact(self) -> "PerSample":
-        """Return the form to keep until the backward pass is over: this one, unless another takes less memory."""
-        return self
+    def held(self) -> int:
+        """Return how many bytes this form holds; 0 where that is always less than the gradients take."""
+        return 0
+
+    def compact(self, most: float = 1.0) -> "PerSample":
+        """Return the form to keep: this one, or the gradients where they take at most so many times its memory."""
+        return Dense(self.rows(slice(None))) if self.bytes() <= most * self.held() else self
 
     def grads(self, empty: Empty) -> Tensor:
-        """Return all of g_i [N, *shape]; where they are made in parts, in memory from `empty`."""
-        first, *others = self.parts()
-        if not others:
-            return self.rows(first)
+        """Return all of g_i [N, *shape]; if they are large, in memory from `empty`."""
+        if self.like.device.type != "cpu" or self.bytes() < LARGE:
+            return self.rows(slice(None))
         out = empty((self.samples, *self.shape), self.like)
-        for some in (first, *others):
+        for some in self.parts():
             out[some] = self.rows(some)
         return out
 
@@ -69,23 +73,27 @@ class PerSample(ABC):
         return total
 
     def variance(self) -> Tensor:
-        """Return 1/N Σ (g_i − ḡ)² [*shape], in two passes, for the difference of 1/N Σ g_i² and ḡ² would cancel."""
-        mean = self.weighted(self.like.new_full((self.samples,), 1 / self.samples))
-        total = torch.zeros_like(mean)
+        """Return 1/N Σ (g_i − ḡ)² [*shape]."""
+        moments = Moments()
         for some in self.parts():
-            total += self.rows(some).sub(mean).square_().sum(0)
-        return total / self.samples
+            moments.add(self.rows(some))
+        return moments.variance()
 
     def gram(self) -> Tensor:
-        """Return ⟨g_i, g_j⟩ [N, N]."""
-        blocks = []
-        for some in self.parts():
-            left = rows_of(self.rows(some))
-            blocks.append(torch.cat([left @ rows_of(self.rows(other)).mT for other in self.parts()], 1))
-        return torch.cat(blocks)
+        """Return ⟨g_i, g_j⟩ [N, N]: blocks of as many samples as may be held, against those after them."""
+        found = self.like.new_empty(self.samples, self.samples)
+        each = max(1, self.bytes() // self.samples)
+        for block in slices(self.samples, max(1, default_bytes([self.like], held=True) // each)):
+            held = rows_of(self.rows(block))
+            found[block, block] = held @ held.mT
+            for start in range(block.stop, self.samples, len(held)):
+                later = slice(start, start + len(held))
+                found[block, later] = held @ rows_of(self.rows(later)).mT
+                found[later, block] = found[block, later].mT
+        return found
 
-    def parts(self) -> Iterator[slice]:
-        """Yield slices of as many samples as are made at a time."""
+    def parts(self) -> list[slice]:
+        """Return slices of as many samples as are made at a time."""
         return at_a_time(self.samples, self.bytes() // self.samples, self.like)
 
     def bytes(self) -> int:
@@ -109,8 +117,8 @@ class Dense(PerSample):
     def grads(self, empty: Empty) -> Tensor:  # noqa: D102
         return self.tensor.contiguous()
 
-    def parts(self) -> Iterator[slice]:  # noqa: D102
-        yield slice(0, self.samples)
+    def parts(self) -> list[slice]:  # noqa: D102
+        return [slice(0, self.samples)]
 
 
 @dataclass
@@ -139,9 +147,8 @@ class Outer(PerSample):
     def rows(self, some: slice) -> Tensor:  # noqa: D102
         return outer(self.left[some], self.right[some])
 
-    def compact(self) -> PerSample:  # noqa: D102
-        held = (self.left.numel() + self.right.numel()) * self.like.element_size()
-        return self if held <= self.bytes() else Dense(self.rows(slice(None)))
+    def held(self) -> int:  # noqa: D102
+        return (self.left.numel() + self.right.numel()) * self.like.element_size()
 
     def grads(self, empty: Empty) -> Tensor:  # noqa: D102
         return outer(self.left, self.right, out=empty((self.samples, *self.shape), self.like))
@@ -168,8 +175,9 @@ class Outer(PerSample):
         return found
 
     def weighted(self, factors: Tensor) -> Tensor:  # noqa: D102
-        scaled = self.left * factors.to(self.like.dtype)[:, None, None]
-        return scaled.flatten(0, 1).mT @ self.right.flatten(0, 1)
+        left, right, factors = self.left, self.right, factors.to(self.like.dtype)[:, None, None]
+        left, right = (left * factors, right) if left.shape[2] <= right.shape[2] else (left, right * factors)
+        return left.flatten(0, 1).mT @ right.flatten(0, 1)
 
     def gram(self) -> Tensor:  # noqa: D102
         if self.left.shape[1] > 1:
@@ -257,7 +265,11 @@ def outer(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.bmm(left.mT, right, out=out)
 
 
-def at_a_time(samples: int, each: int, like: Tensor) -> Iterator[slice]:
-    """Yield slices of as many samples as take some megabytes, at `each` bytes a sample, on the device of `like`."""
-    most = max(1, AT_A_TIME.get(like.device.type, AT_A_TIME_ELSEWHERE) // max(1, each))
-    return (slice(start, min(start + most, samples)) for start in range(0, samples, most))
+def at_a_time(samples: int, each: int, like: Tensor) -> list[slice]:
+    """Return slices of as many samples as take some megabytes, at `each` bytes a sample, on the device of `like`."""
+    return slices(samples, max(1, bytes_at_a_time(like) // max(1, each)))
+
+
+def bytes_at_a_time(like: Tensor) -> int:
+    """Return how many bytes of gradients are made at a time on the device of `like`."""
+    return AT_A_TIME.get(like.device.type, AT_A_TIME_ELSEWHERE)

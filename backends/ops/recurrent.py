@@ -7,7 +7,7 @@ states first; then all of them go through one product, too.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -20,25 +20,53 @@ Run: TypeAlias = Callable[[Tensor, State, Sequence[Tensor], bool], tuple[Tensor,
 """(inputs [T, ...], first state, weights, whether there are biases) -> the outputs [T, ...], the last state."""
 
 
-def _tanh(x: Tensor, h: Tensor, state: State) -> State:
-    return ((x + h).tanh(),)
+class Kind(NamedTuple):
+    """A kind of recurrent layer.
+
+    Attributes:
+        given: (what comes of the input, what comes of h) -> what goes into the gates; both, or their sum.
+        gates: (what goes into the gates, state) -> the next state.
+    """
+
+    given: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+    gates: Gates
 
 
-def _relu(x: Tensor, h: Tensor, state: State) -> State:
-    return ((x + h).relu(),)
+def _sum(x: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+    return (x + h,)
 
 
-def _lstm(x: Tensor, h: Tensor, state: State) -> State:
-    enter, forget, new, out = (x + h).chunk(4, -1)
+def _both(x: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+    return x, h
+
+
+def _tanh(given: tuple[Tensor, ...], state: State) -> State:
+    return (given[0].tanh(),)
+
+
+def _relu(given: tuple[Tensor, ...], state: State) -> State:
+    return (given[0].relu(),)
+
+
+def _lstm(given: tuple[Tensor, ...], state: State) -> State:
+    enter, forget, new, out = given[0].chunk(4, -1)
     c = forget.sigmoid() * state[1] + enter.sigmoid() * new.tanh()
     return out.sigmoid() * c.tanh(), c
 
 
-def _gru(x: Tensor, h: Tensor, state: State) -> State:
-    (x_reset, x_keep, x_new), (h_reset, h_keep, h_new) = x.chunk(3, -1), h.chunk(3, -1)
+def _gru(given: tuple[Tensor, ...], state: State) -> State:
+    (x_reset, x_keep, x_new), (h_reset, h_keep, h_new) = (t.chunk(3, -1) for t in given)
     keep = (x_keep + h_keep).sigmoid()
     new = (x_new + (x_reset + h_reset).sigmoid() * h_new).tanh()
     return ((1 - keep) * new + keep * state[0],)
+
+
+KINDS = {
+    "rnn_tanh": Kind(_sum, _tanh),
+    "rnn_relu": Kind(_sum, _relu),
+    "lstm": Kind(_sum, _lstm),
+    "gru": Kind(_both, _gru),
+}
 
 
 def _recurrent(run: Run) -> Callable[..., Any]:
@@ -79,7 +107,7 @@ def _recurrent(run: Run) -> Callable[..., Any]:
 
 
 def _step_by_step(
-    gates: Gates, x: Tensor, state: State, weights: Sequence[Tensor], has_biases: bool
+    kind: Kind, x: Tensor, state: State, weights: Sequence[Tensor], has_biases: bool
 ) -> tuple[Tensor, State]:
     """Run a layer in one direction by ops that have rules, or that vmap knows."""
     w_input, w_hidden, *more = weights
@@ -87,7 +115,7 @@ def _step_by_step(
     projection = more[2 * has_biases :]
     outputs = []
     for step in F.linear(x, w_input, b_input).unbind(0):
-        state = gates(step, F.linear(state[0], w_hidden, b_hidden), state)
+        state = kind.gates(kind.given(step, F.linear(state[0], w_hidden, b_hidden)), state)
         if projection:
             state = (F.linear(state[0], projection[0]), *state[1:])
         outputs.append(state[0])
@@ -95,21 +123,21 @@ def _step_by_step(
 
 
 def _at_once(
-    layer: Callable[..., Any], gates: Gates, x: Tensor, state: State, weights: Sequence[Tensor], has_biases: bool
+    layer: Callable[..., Any], kind: Kind, x: Tensor, state: State, weights: Sequence[Tensor], has_biases: bool
 ) -> tuple[Tensor, State]:
     """Run a layer in one direction by torch's kernel and a `Scan`."""
     if len(weights) > 2 + 2 * has_biases:
-        return _step_by_step(gates, x, state, weights, has_biases)  # a projection
+        return _step_by_step(kind, x, state, weights, has_biases)  # a projection
     w_input, w_hidden, *biases = weights
     b_input, b_hidden = biases or (None, None)
     with torch.no_grad(), torch._C.DisableTorchFunction():
         first = tuple(s[None] for s in state)
         h, *_ = layer(x, first if len(first) > 1 else first[0], weights, has_biases, 1, 0.0, False, False, False)
         h = torch.cat([first[0].to(h.dtype), h[:-1]])
-    from_input, from_hidden = F.linear(x, w_input, b_input), F.linear(h, w_hidden, b_hidden)
+    given = kind.given(F.linear(x, w_input, b_input), F.linear(h, w_hidden, b_hidden))
     with torch.no_grad():
-        before = torch.stack([h, _memories(from_input + from_hidden, state[1])] if len(state) > 1 else [h], 1)
-    states = Scan.apply(gates, w_hidden.detach(), from_input, from_hidden, before, torch.stack(state))
+        before = torch.stack([h, _memories(given[0], state[1])] if len(state) > 1 else [h], 1)
+    states = Scan.apply(kind.gates, w_hidden.detach(), before, torch.stack(state), *given)
     return states[:, 0], states[-1].unbind(0)
 
 
@@ -122,7 +150,7 @@ def _memories(gates: Tensor, c: Tensor) -> Tensor:
     return torch.stack(found)
 
 
-def _cell(gates: Gates) -> Callable[..., Any]:
+def _cell(kind: Kind) -> Callable[..., Any]:
     """Return a cell's function, of the signature of `torch._VF.lstm_cell` and the others."""
 
     def cell(
@@ -134,14 +162,15 @@ def _cell(gates: Gates) -> Callable[..., Any]:
         b_hidden: Tensor | None = None,
     ) -> Tensor | State:
         before = (state,) if isinstance(state, Tensor) else tuple(state)
-        after = gates(F.linear(input, w_input, b_input), F.linear(before[0], w_hidden, b_hidden), before)
+        given = kind.given(F.linear(input, w_input, b_input), F.linear(before[0], w_hidden, b_hidden))
+        after = kind.gates(given, before)
         return after[0] if isinstance(state, Tensor) else after
 
     return cell
 
 
-for _name, _gates in {"rnn_tanh": _tanh, "rnn_relu": _relu, "lstm": _lstm, "gru": _gru}.items():
+for _name, _kind in KINDS.items():
     _layer = getattr(_VF, _name)
-    rewrite(_layer, passes=[UNDER_VMAP])(_recurrent(partial(_step_by_step, _gates)))
-    rewrite(_layer, passes=[OVER_THE_BATCH])(_recurrent(partial(_at_once, _layer, _gates)))
-    rewrite(getattr(_VF, f"{_name}_cell"))(_cell(_gates))
+    rewrite(_layer, passes=[UNDER_VMAP])(_recurrent(partial(_step_by_step, _kind)))
+    rewrite(_layer, passes=[OVER_THE_BATCH])(_recurrent(partial(_at_once, _layer, _kind)))
+    rewrite(getattr(_VF, f"{_name}_cell"))(_cell(_kind))

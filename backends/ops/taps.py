@@ -5,18 +5,22 @@ backward pass, takes g. Ops are watched, not modules: a weight may be tied, raw 
 uses adds its own term. How the passes are run is in `passes.py`.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from backends.base import Named
-from backends.ops.persample import PerSample
+from backends.ops.persample import PerSample, added
 from backends.ops.rules import OVER_THE_BATCH, ROLES, RULES, UNDER_VMAP, Bound, Op, Rule
+
+Each: TypeAlias = Callable[[str, PerSample], Any]
+"""(a parameter's name, its per-sample gradients) -> what is wanted of them."""
 
 
 class Place(NamedTuple):
@@ -45,6 +49,13 @@ SHARED = Place(-1)
 """Nowhere: what goes in and comes out is the same for all of them."""
 
 ALONE = Place(None)
+
+
+class Layout(NamedTuple):
+    """What is known of a pass over the batch: the samples' place at each tap, and how often parameters are used."""
+
+    places: Sequence[Place]
+    uses: Mapping[str, int]
 
 
 class Uncovered(Exception):
@@ -88,10 +99,10 @@ class Site:
         self.arguments["input"] = self.arguments["input"].to(self.dtype)
         if self.place is not None:
             g, self.arguments["input"] = map(self.place.samples_first, (g, self.arguments["input"]))
-        for role, piece in self.rule.gradients(g, **self.arguments).items():
-            if role in self.names:
-                self.recorder.found[self.names[role]].append(piece.compact())
+        pieces = self.rule.gradients(g, **self.arguments)
         self.arguments.clear()
+        for role, name in self.names.items():
+            self.recorder.take(name, pieces[role])
 
     def _versions(self) -> list[int]:
         return [t._version for t in self.arguments.values() if isinstance(t, Tensor)]
@@ -167,10 +178,13 @@ class Recorder(TorchFunctionMode):
         token: A zero of each sample's own, which has a gradient.
         with_rules: Whether there are rules at all.
         samples: N in a pass over the batch; None under vmap.
-        known: The samples' place at each tap, in a pass over the batch; None where it is to be found.
+        known: What is known of a pass over the batch; None where it is to be found.
         apart: Where several entries on an axis belong to a sample, whether to look for them N apart.
-        found: Per-sample gradients by the uses of each parameter.
+        each: What is wanted of a parameter's gradients: had as soon as its last use, if that is known, is through.
+        found: Per-sample gradients by the uses of each parameter, until then.
+        wanted: What was wanted.
         places: The samples' place at each tap so far.
+        uses: How many uses of each parameter are through.
     """
 
     names: dict[int, str]
@@ -178,15 +192,39 @@ class Recorder(TorchFunctionMode):
     token: Tensor
     with_rules: bool = True
     samples: int | None = None
-    known: Sequence[Place] | None = None
+    known: Layout | None = None
     apart: bool = False
+    each: Each = lambda name, g: g
     found: dict[str, list[PerSample]] = field(default_factory=dict)
+    wanted: dict[str, Any] = field(default_factory=dict)
     places: list[Place] = field(default_factory=list)
+    uses: Counter[str] = field(default_factory=Counter)
     forward_is_over: bool = False
 
     def __post_init__(self) -> None:
         super().__init__()
         self.found = {name: [] for name in self.values}
+
+    def take(self, name: str, piece: PerSample) -> None:
+        """Take the gradients by one use of a parameter."""
+        if name not in self.found:
+            raise Uncovered  # its last use is not what it was
+        self.uses[name] += 1
+        if self.known and self.uses[name] == self.known.uses.get(name):
+            self.found[name].append(piece)
+            self._finish(name, piece.samples)
+        else:
+            self.found[name].append(piece.compact())
+
+    def all_wanted(self, samples: int) -> dict[str, Any]:
+        """Return what is wanted of each parameter's gradients; both passes are over."""
+        for name in list(self.found):
+            self._finish(name, samples)
+        return {name: self.wanted[name] for name in self.values}
+
+    @torch.no_grad()
+    def _finish(self, name: str, samples: int) -> None:
+        self.wanted[name] = self.each(name, added(self.found.pop(name), samples, self.values[name]))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
         kwargs = kwargs or {}
@@ -230,7 +268,7 @@ class Recorder(TorchFunctionMode):
             fit += [Place(0, first // n, self.apart), Place(0, first // n, not self.apart)]
         if self.known is not None:
             count = len(self.places)
-            fit = [place for place in fit if list(self.known[count : count + 1]) == [place]]
+            fit = [place for place in fit if list(self.known.places[count : count + 1]) == [place]]
         if not fit:
             raise Uncovered
         self.places.append(fit[0])
