@@ -27,13 +27,14 @@ from backends.base import (
     Named,
     Positive,
     TensorFn,
+    Unsupported,
     clip_factors,
     own_copy,
     register,
     trainable,
 )
 from backends.batch import Batch
-from backends.ops.choice import CHOSEN
+from backends.ops.choice import CHOSEN, kernels
 from backends.ops.pages import Pool, release
 from backends.ops.passes import Passes
 from backends.ops.persample import PerSample, bytes_at_a_time
@@ -50,9 +51,11 @@ class Bookkeeping(Backend):
 
     Options:
         reuse_buffers: `grads` writes large results where those of its call before are: they are valid until then.
+        triton: Measure a Triton kernel too, where there are several ways (CUDA only). It has not run on a GPU yet.
     """
 
     reuse_buffers: bool = False
+    triton: bool = False
 
     @property
     def keeps_results(self) -> bool:
@@ -78,11 +81,11 @@ class Bookkeeping(Backend):
         def written(name: str, g: PerSample) -> Tensor:
             return g.grads(partial(memory, name)).contiguous()
 
-        return _built(model, loss_fn, written, _as_they_are)
+        return self._built(model, loss_fn, written, _as_they_are)
 
     def norms(self, model: nn.Module, loss_fn: LossFn) -> TensorFn:
         """Build ‖g_i‖ from pairs."""
-        return _built(model, loss_fn, lambda name, g: g.squares(), lambda found: _total(found.values()).sqrt())
+        return self._built(model, loss_fn, lambda name, g: g.squares(), lambda found: _total(found.values()).sqrt())
 
     def clipped_sum(self, model: nn.Module, loss_fn: LossFn, *, max_norm: Positive = 1.0) -> GradsFn:
         """Build Σ_i min(1, C/‖g_i‖) g_i from the same pairs as the norms."""
@@ -93,44 +96,57 @@ class Bookkeeping(Backend):
             factors = clip_factors(_total(squares for _, squares in found.values()).sqrt(), max_norm)
             return {name: found.pop(name)[0].weighted(factors) for name in list(found)}
 
-        return _built(model, loss_fn, keep, weighted)
+        return self._built(model, loss_fn, keep, weighted)
 
     def variance(self, model: nn.Module, loss_fn: LossFn) -> GradsFn:
         """Build 1/N Σ (g_i − ḡ)², some samples at a time."""
-        return _built(model, loss_fn, lambda name, g: g.variance(), _as_they_are)
+        return self._built(model, loss_fn, lambda name, g: g.variance(), _as_they_are)
 
     def gram(self, model: nn.Module, loss_fn: LossFn) -> TensorFn:
         """Build ⟨g_i, g_j⟩, the sum over parameters."""
-        return _built(model, loss_fn, lambda name, g: g.gram(), lambda found: _total(found.values()))
+        return self._built(model, loss_fn, lambda name, g: g.gram(), lambda found: _total(found.values()))
+
+    def _built(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        each: Callable[[str, PerSample], T],
+        combine: Callable[[dict[str, T]], R],
+    ) -> Callable[[Batch, Tensor], R]:
+        """Return the function of (inputs, targets) that both passes and contractions make.
+
+        Args:
+            model: The caller's.
+            loss_fn: Its loss.
+            each: What is wanted of a parameter's gradients: (name, gradients), as soon as they are known, while the
+                backward pass goes on and they are in the cache.
+            combine: What came of that, by name -> the result.
+        """
+        if self.triton:
+            _refuse_without_triton(model)
+        original, model = model, own_copy(model)
+        passes = Passes(model, loss_fn)
+        dtypes = {name: p.dtype for name, p in trainable(model).items()}
+
+        def fn(inputs: Batch, targets: Tensor) -> R:
+            with kernels(self.triton):
+                with library_call(original, model, loss_fn, inputs, targets, buffers=False):
+                    found = passes(inputs, targets, each)
+                with torch.no_grad():
+                    result: R = _cast(combine(found), dtypes)
+            return result
+
+        return fn
 
 
-def _built(
-    model: nn.Module,
-    loss_fn: LossFn,
-    each: Callable[[str, PerSample], T],
-    combine: Callable[[dict[str, T]], R],
-) -> Callable[[Batch, Tensor], R]:
-    """Return the function of (inputs, targets) that both passes and contractions make.
-
-    Args:
-        model: The caller's.
-        loss_fn: Its loss.
-        each: What is wanted of a parameter's gradients: (name, gradients), as soon as they are known, while the
-            backward pass goes on and they are in the cache.
-        combine: What came of that, by name -> the result.
-    """
-    original, model = model, own_copy(model)
-    passes = Passes(model, loss_fn)
-    dtypes = {name: p.dtype for name, p in trainable(model).items()}
-
-    def fn(inputs: Batch, targets: Tensor) -> R:
-        with library_call(original, model, loss_fn, inputs, targets):
-            found = passes(inputs, targets, each)
-        with torch.no_grad():
-            result: R = _cast(combine(found), dtypes)
-        return result
-
-    return fn
+def _refuse_without_triton(model: nn.Module) -> None:
+    device = next(iter(trainable(model).values())).device if trainable(model) else torch.device("cpu")
+    try:
+        import triton
+    except ModuleNotFoundError:
+        raise Unsupported("`model` (triton=True): Triton is not installed; pip install triton") from None
+    if device.type != "cuda" and not triton.knobs.runtime.interpret:
+        raise Unsupported(f"`model` (triton=True): it is on {device}; Triton's kernels need it on a CUDA device")
 
 
 class _Keep:

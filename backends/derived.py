@@ -156,7 +156,7 @@ def slices(n: int, most: int) -> list[slice]:
 
 def rows_of(grads: Tensor) -> Tensor:
     """Return per-sample gradients [N, *shape] as rows [N, numbers]; a scalar parameter's have one number each."""
-    return grads.flatten(1) if grads.dim() > 1 else grads[:, None]
+    return grads if grads.dim() == 2 else grads.flatten(1) if grads.dim() > 2 else grads[:, None]
 
 
 def rows_of_all(grads: Named) -> list[Tensor]:
@@ -182,10 +182,10 @@ def squares_of(grads: Tensor) -> Tensor:
     """
     rows, dtype = rows_of(grads), wide(grads.dtype)
     whole = rows.shape[1] // BLOCK * BLOCK
-    squares: Tensor = torch.linalg.vector_norm(rows[:, whole:], dim=1, dtype=dtype).square()
+    squares: Tensor = torch.linalg.vector_norm(rows[:, whole:] if whole else rows, dim=1, dtype=dtype).square_()
     if whole:
         blocks = rows[:, :whole].unflatten(1, (-1, BLOCK))
-        squares += torch.linalg.vector_norm(blocks, dim=2, dtype=dtype).square().sum(1)
+        squares += torch.linalg.vector_norm(blocks, dim=2, dtype=dtype).square_().sum(1)
     return squares
 
 

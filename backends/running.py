@@ -3,7 +3,7 @@
 import re
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ def kept_random_state(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def library_call(
-    original: nn.Module, used: nn.Module, loss_fn: LossFn, inputs: Batch, targets: Tensor
+    original: nn.Module, used: nn.Module, loss_fn: LossFn, inputs: Batch, targets: Tensor, *, buffers: bool = True
 ) -> Iterator[None]:
     """Surround a library's forward and backward pass: gradients on, buffers and random state kept, failures refused.
 
@@ -64,12 +64,13 @@ def library_call(
         loss_fn: The loss; with `inputs` and `targets`, what is being computed.
         inputs: The batch.
         targets: Its targets.
+        buffers: Whether they are kept here; the block may see to that.
 
     Raises:
         Unsupported: The block failed, though an ordinary forward and backward pass of one sample works.
     """
     try:
-        with torch.enable_grad(), kept_buffers(used), kept_random_state(used):
+        with torch.enable_grad(), kept_buffers(used) if buffers else nullcontext(), kept_random_state(used):
             yield
     except (Unsupported, torch.OutOfMemoryError):
         raise

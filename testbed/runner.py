@@ -156,7 +156,7 @@ class _Group:
         self.running = {c.label: c for c in cells if self.identities[c.label] not in finished}  # have no record yet
         self.outcomes: dict[str, Outcome] = {}
         self.samples: dict[str, list[timing.Sample]] = {}
-        self.limit: dict[str, Any] = {}
+        self.bounds: dict[str, Any] = {}
         self.stopped_by = ""
         self.disturbances: list[str] = []
         self.lost: set[str] = set()  # names beside the cells that can be timed no more
@@ -184,7 +184,7 @@ class _Group:
             self.step(hosts, label, partial(hosts[label].start, cell))
         if self.running:
             with suppress(Failed):
-                self.limit = hosts[HOUSE].limit()
+                self.bounds = hosts[HOUSE].bounds()
             self.time(hosts)
             with suppress(Failed):
                 hosts[HOUSE].truth(fresh=True)
@@ -304,13 +304,15 @@ class _Group:
         mine = self.samples.get(label)
         if not mine:
             return {}
-        found = {**timing.summary(mine), "ratio": None, "ratio_ci": None, "verdict": None, "limit": self.limit}
+        found = {**timing.summary(mine), "ratio": None, "ratio_ci": None, "verdict": None}
+        found["limit"] = self.bounds.get("limit", {})
         found |= {"rounds": len(mine), "stopped_by": self.stopped_by, "baseline": self.baseline}
         ordinary = self.samples[ORDINARY]
         if outcome.status != "ok" or not ordinary:
             return found
         step = timing.relative(mine, ordinary)
         found["ordinary"] = {**timing.summary(ordinary), "ratio": step.value, "ratio_ci": [step.low, step.high]}
+        found["ordinary"] |= self.bounds.get("memory", {})
         if self.baseline and self.samples.get(self.baseline) and self.samples.get(AGAIN):
             base, again = self.samples[self.baseline], self.samples[AGAIN]
             floor = timing.floor_of(timing.relative(again, base))

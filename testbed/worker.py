@@ -183,8 +183,12 @@ class Worker:
         """Return what tells results apart; NaN equals itself here."""
         return norms(as_rows(result, self.quantity)).nan_to_num()
 
-    def limit(self) -> dict[str, Any]:
-        """Measure the physical limit of the quantity on this device, as plain data."""
+    def bounds(self) -> dict[str, Any]:
+        """Measure the ordinary step's memory and the quantity's physical limit on this device, as plain data."""
+        step = self.functions[ORDINARY]
+        return {"memory": memory.peak(lambda: step(*self.timed), self.problem.device), "limit": self._limit()}
+
+    def _limit(self) -> dict[str, Any]:
         counter = FlopCounterMode(display=False)
         with counter:
             self.functions[ORDINARY](*self.timed)

@@ -1,8 +1,8 @@
 """What is chosen by measuring: of several ways to the same tensor, the fastest on this device."""
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import TypeAlias
 
 import torch
@@ -12,6 +12,8 @@ Way: TypeAlias = Callable[[], Tensor]
 
 CHOSEN: dict[str, str] = {}
 """What has been chosen in this process by measuring and trying, by what it was chosen for; records show it."""
+
+_KERNELS = False  # no ContextVar: on CUDA, autograd runs the backward pass in a thread of its own
 
 TRIES = 3  # of each way, in turn: the first one may compile, allocate, or pick a kernel
 
@@ -29,13 +31,29 @@ def fastest(ways: Mapping[str, Way], what: str, samples: int, like: Tensor) -> T
         return next(iter(ways.values()))()
     dtype = str(like.dtype).removeprefix("torch.")
     key = f"{what}, {dtype}, {like.device.type}, {1 << samples.bit_length() - 1} samples or more"
-    if key not in CHOSEN:
+    if CHOSEN.get(key) not in ways:
         if capturing(like):  # warming up, outside of the capture, has chosen
             return next(iter(ways.values()))()
         rounds = [{name: _timed(way, like) for name, way in ways.items()} for _ in range(TRIES)]
         seconds = {name: min(r[name] for r in rounds) for name in ways}
         CHOSEN[key] = min(seconds, key=lambda name: seconds[name])
     return ways[CHOSEN[key]]()
+
+
+@contextmanager
+def kernels(wanted: bool) -> Iterator[None]:
+    """Measure Triton's kernels too, in the block, if wanted."""
+    global _KERNELS
+    before, _KERNELS = _KERNELS, wanted
+    try:
+        yield
+    finally:
+        _KERNELS = before
+
+
+def with_kernels(like: Tensor) -> bool:
+    """Return whether Triton's kernels, which have no float64, are among the ways."""
+    return _KERNELS and like.dtype != torch.float64
 
 
 def capturing(like: Tensor) -> bool:

@@ -5,14 +5,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backends.ops.choice import capturing, fastest
+from backends.ops.choice import capturing, fastest, with_kernels
 from backends.ops.persample import WIDER, Dense, Outer, PerSample, at_a_time, outer
 from backends.ops.rules import Pieces, rule
+
+if TYPE_CHECKING:
+    from backends.ops.kernels import Product
 
 IMAGES = 8
 """Times as many bytes of images as of gradients may be at work at a time: ways copy both, but gradients go on."""
@@ -59,9 +63,10 @@ class Correlation(PerSample):
 
     def ways(self) -> list[Callable[["Correlation"], Tensor]]:
         """Return the ways to its gradients that there are."""
-        if self.groups > 1:
-            return [grouped]
-        return [grouped, by_patches, *([by_places] if set(self.stride) == {1} and self.x.shape[1] == 1 else [])]
+        found: list[Callable[[Correlation], Tensor]] = [grouped]
+        if self.groups == 1:
+            found += [by_patches, *([by_places] if set(self.stride) == {1} and self.x.shape[1] == 1 else [])]
+        return [*found, *([implicit_gemm] if with_kernels(self.like) else [])]
 
     def geometry(self) -> str:
         """Return all that the speed of a way depends on but the number of samples."""
@@ -88,6 +93,8 @@ class Correlation(PerSample):
         ways = {"direct": super().squares}
         if self.groups == 1 and fewer and self.like.dtype in WIDER and not capturing(self.like):
             ways["gram"] = self.squares_by_gram
+        if with_kernels(self.like):
+            ways["implicit_gemm"] = lambda: product_of(self).squares()
         return fastest(ways, f"norms of {self.geometry()}", self.samples, self.like)
 
     def squares_by_gram(self) -> Tensor:
@@ -158,6 +165,18 @@ def by_places(of: Correlation) -> Tensor:
             outer(y.mT, x[..., start : start + length].mT, out=place)
         rows[some] = places.movedim(0, -1)
     return rows.view(-1, *of.shape)
+
+
+def implicit_gemm(of: Correlation) -> Tensor:
+    """By a Triton kernel."""
+    return product_of(of).rows()
+
+
+def product_of(of: Correlation) -> "Product":
+    """Return what a Triton kernel computes."""
+    from backends.ops.kernels import Product  # triton need not be installed
+
+    return Product(of.x, of.y, of.shape[2:], of.stride, of.padding, of.dilation, of.groups)
 
 
 def images(x: Tensor, dimensions: int) -> Tensor:

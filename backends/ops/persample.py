@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from backends.derived import Moments, default_bytes, rows_of, slices, squares_of, weighted_sum, wide
-from backends.ops.choice import capturing, fastest
+from backends.ops.choice import capturing, fastest, with_kernels
 from backends.ops.pages import LARGE
 
 AT_A_TIME = {"cpu": 2**21}
@@ -160,6 +160,8 @@ class Outer(PerSample):
         ways = {"direct": super().squares}
         if positions * (p + d) < p * d and self.like.dtype in WIDER and not capturing(self.like):
             ways["gram"] = self.squares_by_gram
+        if with_kernels(self.like):
+            ways["implicit_gemm"] = self._squares_by_kernel
         return fastest(ways, f"norms of {positions} products {p}×{d}", self.samples, self.like)
 
     def variance(self) -> Tensor:
@@ -184,6 +186,11 @@ class Outer(PerSample):
             return super().gram()
         left, right = self.left[:, 0], self.right[:, 0]
         return (left @ left.mT) * (right @ right.mT)
+
+    def _squares_by_kernel(self) -> Tensor:
+        from backends.ops.kernels import Product  # triton need not be installed
+
+        return Product(self.right.mT[:, None], self.left.mT[:, None], (1,), (1,), (0,), (1,)).squares()
 
     def squares_by_gram(self) -> Tensor:
         """Return ‖g_i‖² [N] by the Gram form, but for samples where it cancels."""

@@ -10,6 +10,7 @@ A rule is one function, from the gradient of an op's output and the op's own arg
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from backends.ops.persample import PerSample
@@ -59,6 +60,11 @@ class Rule:
     defaults: Mapping[str, Any]
     covers: Callable[[Mapping[str, Any]], bool]
 
+    @cached_property
+    def known(self) -> frozenset[str]:
+        """The names, as a set."""
+        return frozenset(self.names)
+
     @classmethod
     def of(cls, gradients: Callable[..., Pieces], covers: Callable[[Mapping[str, Any]], bool]) -> "Rule":
         """Return the rule of a function, whose arguments but the first, g, are the op's."""
@@ -71,7 +77,7 @@ class Rule:
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Bound | None:
         """Return the op's arguments, or None where the rule does not hold for them; `inspect` takes twice as long."""
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        if len(args) > self.positional or len(given) < len(args) + len(kwargs) or not given.keys() <= set(self.names):
+        if len(args) > self.positional or len(given) < len(args) + len(kwargs) or not given.keys() <= self.known:
             return None  # some ops have more than one signature
         found = {**self.defaults, **given}
         if len(found) < len(self.names):

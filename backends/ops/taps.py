@@ -40,7 +40,9 @@ class Place(NamedTuple):
         """Return a tensor as [N, rows, ...]: a sample is a batch of its own, as under vmap."""
         if self.axis is None:
             return t[None]
-        t = t.movedim(self.axis, 0)
+        t = t.movedim(self.axis, 0) if self.axis else t
+        if self.rows == 1:
+            return t.unsqueeze(1)
         split: Tensor = t.unflatten(0, (self.rows, -1) if self.apart else (-1, self.rows))
         return split.transpose(0, 1) if self.apart else split
 

@@ -127,9 +127,9 @@ class Child:
         """See `Steps`."""
         self._ask("again", cell, name)
 
-    def limit(self) -> dict[str, Any]:
+    def bounds(self) -> dict[str, Any]:
         """See `Steps`."""
-        return self._ask("limit")  # type: ignore[no-any-return]
+        return self._ask("bounds")  # type: ignore[no-any-return]
 
     def time(self, name: str) -> Sample:
         """See `Steps`."""

@@ -63,8 +63,8 @@ class Steps(Protocol):
     def again(self, cell: Cell, name: str) -> None:
         """Give a cell another name, for timing only; it is started where it was not."""
 
-    def limit(self) -> dict[str, Any]:
-        """Measure the physical limit of the quantity on this device."""
+    def bounds(self) -> dict[str, Any]:
+        """Measure what backends are held against: the ordinary step's memory, the quantity's physical limit."""
 
     def time(self, name: str) -> Sample:
         """Time one call of a started cell, or of the ordinary step."""
@@ -138,10 +138,10 @@ class Host:
         except (Exception, SystemExit) as error:
             raise Failed.of(error) from error
 
-    def limit(self) -> dict[str, Any]:
-        """Measure the physical limit of the quantity on this device."""
+    def bounds(self) -> dict[str, Any]:
+        """Measure what backends are held against: the ordinary step's memory, the quantity's physical limit."""
         try:
-            return self.worker.limit()
+            return self.worker.bounds()
         except RuntimeError as error:  # the ordinary step itself does not fit, say
             raise Failed.of(error) from error
 

@@ -133,7 +133,7 @@ def _table(own: str, whole: str, records: Sequence[Record]) -> Table:
     header = ("backend", "status", "way", "median", f"× {baseline}", "× step", "peak", "first")
     rows = [_row(r) for r in sorted(records, key=lambda r: r.status != "ok")]
     if step := next((r.timing["ordinary"] for r in records if r.timing.get("ordinary")), None):
-        rows.append(("ordinary step", "", "", _median(step), "", "1", "", ""))
+        rows.append(("ordinary step", "", "", _median(step), "", "1", units.size(step.get("peak_bytes")), ""))
         if bound := next((r.timing["limit"] for r in records if r.timing.get("limit")), None):
             share = units.ratio(bound["seconds"] / step["median_s"])
             rows.append(("limit", "", "", units.seconds(bound["seconds"]), "", share, "", ""))
