@@ -1,7 +1,7 @@
 """The referee of one problem and quantity: knows the truth, and says whether a result agrees, and if not why.
 
-The truth is what the reference backend computes in float64; the yardstick is what it computes in the run's dtype. Of a
-clipped sum there is a second yardstick: an ordinary backward pass, which rounds as often as a training step does.
+The truth is what the reference backend computes in float64; the yardstick is what it computes in the run's dtype. Norms
+and clipped sums have a second one, by torch's own norm and an ordinary backward pass, which round more.
 """
 
 import copy
@@ -16,6 +16,7 @@ from torch import Tensor
 from backends import get_backend, reference
 from backends.base import LossFn, clip_factors, trainable
 from backends.batch import Batch, apply, take
+from backends.derived import wide
 from testbed.agreement import (
     PER_SAMPLE,
     Agreement,
@@ -107,7 +108,7 @@ class Referee:
 
     def precision(self, result: object, again: Again | None = None, *, fresh: bool = False) -> Finding:
         """Ask question 2 of a result in the run's dtype; `again` repeats the call, to explain a disagreement."""
-        yardsticks = [as_rows(y, self.quantity) for y in [*self.yardsticks(fresh=fresh), *self._ordinary_sum(fresh)]]
+        yardsticks = [as_rows(y, self.quantity) for y in [*self.yardsticks(fresh=fresh), *self._ordinary(fresh)]]
         draw = self._draw(self.run, fresh)
         per_sample = self.quantity in PER_SAMPLE
 
@@ -137,24 +138,36 @@ class Referee:
         gaps = [distance(other, {k: t.double() for k, t in first.items()}).norm() for other in others]
         return max((float(gap / total) for gap in gaps if gap), default=0.0)
 
-    def _ordinary_sum(self, fresh: bool) -> list[Result]:
-        """Return a clipped sum as an ordinary backward pass of the clipped losses computes it, a second yardstick.
+    def _ordinary(self, fresh: bool) -> list[Result]:
+        """Return what torch's own ops make of norms or of a clipped sum, a second yardstick.
 
-        The reference adds up a sample, then the samples. An ordinary backward pass may add up all their terms in one
-        go, and rounds more: a token that fills up every sequence has thousands.
+        The reference sums squares block by block. torch's norm of a long row keeps so few running sums on a CPU that it
+        is off by 4e-5 for 2 million float32 numbers. And the reference adds up a sample, then the samples. An ordinary
+        backward pass may add up all their terms in one go: a token that fills up every sequence has thousands.
         """
-        if self.quantity != "clipped_sum":
+        if self.quantity not in ("norms", "clipped_sum"):
             return []
         key = ("ordinary", fresh)
         if key not in self._known:
-            self._known[key] = self._shared("ordinary", fresh, lambda: self._backward_of_clipped(fresh))
+            compute = self._torch_norms if self.quantity == "norms" else self._backward_of_clipped
+            self._known[key] = self._shared("ordinary", fresh, lambda: compute(fresh))
         found = self._known[key]
-        assert isinstance(found, dict)
-        return [found] if all(t.isfinite().all() for t in found.values()) else []  # one of NaN measures nothing
+        tensors = [found] if isinstance(found, Tensor) else list(found.values())
+        return [found] if all(t.isfinite().all() for t in tensors) else []  # one of NaN measures nothing
+
+    def _torch_norms(self, fresh: bool) -> Tensor:
+        """Return ‖g_i‖ [N] by torch's norm of each parameter's gradient, a sample at a time."""
+        grads = get_backend(reference(), autocast=self.autocast).grads(self.run.model, self.run.loss_fn)
+        inputs, targets = batch_of(self.run, fresh)
+        found = []
+        for i in range(self.run.n):
+            g = grads(take(inputs, slice(i, i + 1)), targets[i : i + 1])
+            parts = [torch.linalg.vector_norm(t, dtype=wide(t.dtype)) for t in g.values()]
+            found.append(torch.linalg.vector_norm(torch.stack(parts)))
+        return torch.stack(found).to(self.run.dtype)
 
     def _backward_of_clipped(self, fresh: bool) -> Result:
-        lengths = get_backend(reference()).norms(self.wide.model, self.wide.loss_fn)(*batch_of(self.wide, fresh))
-        factors = clip_factors(lengths, self.options.get("max_norm", 1.0))
+        factors = clip_factors(self._torch_norms(fresh), self.options.get("max_norm", 1.0))
         return weighted_gradient(self.run, batch_of(self.run, fresh), factors, self.autocast)
 
     def _whole(self, fresh: bool) -> Result:
@@ -244,7 +257,7 @@ class Referee:
         self.store.drop("truth *")  # of the quantity before, and of the other batch
         self.truth(fresh=fresh)
         self.yardsticks(fresh=fresh)
-        self._ordinary_sum(fresh)
+        self._ordinary(fresh)
         if not fresh and self.rule.same_function and self.few is not self.wide:
             self._reference("few", self.few, fresh=False)
         self.forget()

@@ -366,6 +366,47 @@ def end(process: Any) -> Ended:
     return Ended(process.returncode, out, err)
 
 
+class TestSeveral:
+    """Several experiments in one command."""
+
+    @pytest.fixture
+    def two(self, small: Path) -> list[Path]:
+        (small.parent / "other.yaml").write_text(SMALL, encoding="utf-8")
+        return [small, small.parent / "other.yaml"]
+
+    def test_each_has_a_folder_of_its_own(self, two: list[Path], call: Any) -> None:
+        ended = call(*two, "--out", "runs/two")
+        assert (ended.code, ended.out.count("experiment 1 of 2\nsmall: A small one.")) == (0, 1)
+        assert "\n\nexperiment 2 of 2\nother: A small one." in ended.out
+        for name in ("small", "other"):
+            records = read_records(two[0].parent / f"runs/two/{name}/results.jsonl")
+            assert [r.experiment for r in records] == [name, name]
+
+    def test_a_mistake_in_one_costs_no_run(self, two: list[Path], call: Any) -> None:
+        two[1].write_text(SMALL + "model: x\n", encoding="utf-8")
+        ended = call(*two, "--out", "runs/two")
+        assert ended.code == 2
+        assert message(ended).startswith(f"{two[1]}:10:1: duplicate key 'model'")
+        assert not (two[0].parent / "runs").exists()
+
+    def test_one_that_cannot_be_made_costs_the_others_nothing(self, two: list[Path], call: Any) -> None:
+        two[0].write_text(SMALL.replace("logistic", "{transformer: {width: 5, heads: 2}}"), encoding="utf-8")
+        ended = call(*two)
+        assert ended.code == 2
+        assert "testbed: error: small: " in ended.err
+        assert "records in runs/other-" in ended.out
+
+    def test_the_exit_code_is_the_worst_ones(self, two: list[Path], call: Any) -> None:
+        two[0].write_text(SMALL + "expect: {vmap: disagrees}\n", encoding="utf-8")
+        assert call(*two).code == 1
+
+    def test_one_name_for_two_is_a_mistake(self, two: list[Path], call: Any) -> None:
+        assert message(call(two[0], two[0])).startswith(f"{two[0]}: 'small' is the name of {two[0]} too")
+
+    def test_resuming_is_for_one(self, two: list[Path], call: Any) -> None:
+        assert "--resume DIR goes on with one run; found 2 experiments" in call(*two, "--resume", "runs/x").err
+
+
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
     """Run the small experiment once, piped; return its folder and how it ended."""

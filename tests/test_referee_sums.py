@@ -1,4 +1,4 @@
-"""A clipped sum may round as an ordinary backward pass rounds, and no more."""
+"""Norms may round as torch's own norm rounds, clipped sums as an ordinary backward pass, and no more."""
 
 from collections.abc import Callable
 from typing import Any
@@ -52,3 +52,29 @@ def test_an_ordinary_sum_is_right(filled: Problem) -> None:
 @pytest.mark.parametrize("change", WRONG.values(), ids=WRONG)
 def test_what_is_further_off_is_not(filled: Problem, change: Callable[[Grads], Grads]) -> None:
     assert finding(filled, change(ordinary(filled))) == "disagrees"
+
+
+@pytest.fixture(scope="module")
+def long() -> Problem:
+    """Return a problem with a parameter of a million numbers, whose squares torch's norm adds with few running sums."""
+    return make_problem("mlp", "random", "cross_entropy", model_options={"hidden": [1024, 1024]}, batch_size=4)
+
+
+def torch_norms(p: Problem) -> torch.Tensor:
+    """Return norms by torch's own, parameter by parameter."""
+    losses = p.loss_fn(call(p.model, p.inputs), p.targets)
+    grads = [torch.autograd.grad(loss, list(p.model.parameters()), retain_graph=True) for loss in losses]
+    return torch.stack([torch.stack([g.norm() for g in each]).norm() for each in grads])
+
+
+@pytest.mark.parametrize(("factor", "status"), [(1.0, "ok"), (1.001, "disagrees")])
+def test_norms_may_round_as_torchs_own(long: Problem, factor: float, status: str) -> None:
+    assert Referee(long, "norms", {}, Calibrated()).precision(torch_norms(long) * factor).status == status
+
+
+def test_a_clipped_sum_may_be_clipped_by_norms_like_that(long: Problem) -> None:
+    found = ordinary(long)
+    exact = Referee(long, "norms", {}, Calibrated()).truth()
+    assert isinstance(exact, torch.Tensor)
+    share = float((torch_norms(long).double() / exact).mean())
+    assert finding(long, {k: t / share for k, t in found.items()}) == "ok"

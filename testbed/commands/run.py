@@ -1,7 +1,8 @@
-"""`python -m testbed EXPERIMENT.yaml`: run an experiment."""
+"""`python -m testbed EXPERIMENT.yaml …`: run an experiment, or several, one after the other."""
 
 import argparse
 import platform
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +15,10 @@ from testbed.api import about_problem, identities, isolated, run_experiment, set
 from testbed.commands.plugins import add_plugin, load_plugins
 from testbed.config.experiment import Experiment, resolve_device
 from testbed.config.load import load_experiment
+from testbed.config.yaml_source import ConfigError
 from testbed.problems import ProblemError
 from testbed.progress import progress
-from testbed.records import EXIT_INTERRUPTED, EXIT_OK, Record, exit_code
+from testbed.records import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, EXIT_WRONG, Record, exit_code
 from testbed.report import Report
 from testbed.report.page import draw_page
 from testbed.report.titles import title
@@ -29,6 +31,7 @@ RUN_EXAMPLES = """examples:
   python -m testbed experiments/scaling.yaml --set 'batch_size=[1, 16]' --set 'quantities=[norms]'
   python -m testbed my.yaml --plugin my_model.py --dry-run
   python -m testbed --resume runs/mnist-20260101-120000
+  python -m testbed experiments/published/*.yaml --set size=small --out runs/published
 
 other commands, each with its own --help:
   python -m testbed list [backends|models|data|losses|experiments]
@@ -53,9 +56,11 @@ def main(arguments: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "experiment", metavar="EXPERIMENT.yaml", nargs="?", help="what to run; see experiments/README.md"
+        "experiments", metavar="EXPERIMENT.yaml", nargs="*", type=Path, help="what to run; see experiments/README.md"
     )
-    parser.add_argument("--out", metavar="DIR", type=Path, help="the run folder (default: runs/<name>-<time>)")
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, help="the run folder (default: runs/<name>-<time>); of several, DIR/<name>"
+    )
     parser.add_argument(
         "--resume", metavar="DIR", type=Path, help="go on with the run in this folder: run what has no valid record"
     )
@@ -74,17 +79,40 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--version", action="version", version=version)
     options = parser.parse_args(arguments)
 
-    if options.experiment is None and options.resume is None:
+    if not options.experiments and options.resume is None:
         parser.error("the following arguments are required: EXPERIMENT.yaml, or --resume DIR")
     if options.resume and options.out:
         parser.error("--resume DIR writes into DIR; --out is not allowed with it")
+    if options.resume and len(options.experiments) > 1:
+        parser.error(f"--resume DIR goes on with one run; found {len(options.experiments)} experiments")
     if options.retry_failed and not options.resume:
         parser.error("--retry-failed is for --resume DIR")
 
     load_plugins(options.plugin)
-    file = options.experiment or options.resume / "experiment.yaml"
+    files = options.experiments or [options.resume / "experiment.yaml"]
+    if len(twice := [file for file in files if [f.stem for f in files].count(file.stem) > 1]) > 1:
+        raise ConfigError(f"{twice[1]}: '{twice[1].stem}' is the name of {twice[0]} too; run them one at a time")
     chosen = [*options.set, *([f"device={options.device}"] if options.device else [])]
-    experiment = load_experiment(file, chosen, [n for n in options.only.split(",") if n])
+    only = [name for name in options.only.split(",") if name]
+    loaded = [(file.stem, load_experiment(file, chosen, only)) for file in files]  # a mistake costs no run
+    codes = {EXIT_OK}
+    for count, (name, experiment) in enumerate(loaded, 1):
+        if len(loaded) > 1:
+            print(f"{'' if count == 1 else chr(10)}experiment {count} of {len(loaded)}", flush=True)
+        try:
+            codes.add(_run(name, experiment, options, several=len(loaded) > 1))
+        except ProblemError as error:
+            if len(loaded) == 1:
+                raise
+            print(f"testbed: error: {name}: {error}", file=sys.stderr)
+            codes.add(EXIT_USAGE)
+        if EXIT_INTERRUPTED in codes:
+            break
+    return next(code for code in (EXIT_INTERRUPTED, EXIT_WRONG, EXIT_FAILED, EXIT_USAGE, EXIT_OK) if code in codes)
+
+
+def _run(name: str, experiment: Experiment, options: argparse.Namespace, *, several: bool) -> int:
+    """Run one experiment; returns its exit code."""
     device = resolve_device(experiment.device)
     if options.dry_run:
         return _dry_run(experiment, device)
@@ -95,10 +123,10 @@ def main(arguments: Sequence[str]) -> int:
         folder = RunFolder.resume(options.resume)
         wanted = identities(experiment, device, isolation)
         kept = folder.keep(wanted, experiment.limits.model_dump(), retry_failed=options.retry_failed)
-        name = kept[0].experiment if kept else file.stem
+        name = kept[0].experiment if kept else name
     else:
-        name = Path(file).stem
-        folder = RunFolder.create(options.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        out = options.out / name if options.out and several else options.out
+        folder = RunFolder.create(out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     set_precision(experiment.problems[0])
     folder.describe(experiment, device)
     auto = " (auto)" if experiment.device == "auto" else ""
