@@ -1,10 +1,12 @@
-"""What an ordinary backward pass makes of weighted losses: as many roundings as a training step has."""
+"""What torch's own ops make of norms and of weighted losses: as many roundings as a training step has."""
 
 import torch
 from torch import Tensor
 
+from backends import get_backend, reference
 from backends.base import own_copy, trainable
-from backends.batch import Batch, call
+from backends.batch import Batch, call, take
+from backends.derived import wide
 from testbed.problems import Problem
 
 
@@ -27,3 +29,17 @@ def weighted_gradient(
         total = (losses * weights.to(losses.dtype)).sum()
     found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(parameters, found, strict=True))
+
+
+def ordinary_norms(problem: Problem, batch: tuple[Batch, Tensor], autocast: str | None) -> Tensor:
+    """Return ‖g_i‖ [N] by torch's norm of each parameter's gradient, a sample at a time; arguments as above."""
+    grads = get_backend(reference(), autocast=autocast).grads(problem.model, problem.loss_fn)
+    inputs, targets = batch
+    found = []
+    for i in range(len(targets)):
+        one = slice(i, i + 1)
+        parts = [
+            torch.linalg.vector_norm(g, dtype=wide(g.dtype)) for g in grads(take(inputs, one), targets[one]).values()
+        ]
+        found.append(torch.linalg.vector_norm(torch.stack(parts)))
+    return torch.stack(found).to(problem.dtype)

@@ -16,7 +16,6 @@ from torch import Tensor
 from backends import get_backend, reference
 from backends.base import LossFn, clip_factors, trainable
 from backends.batch import Batch, apply, take
-from backends.derived import wide
 from testbed.agreement import (
     PER_SAMPLE,
     Agreement,
@@ -32,7 +31,7 @@ from testbed.agreement import (
 from testbed.diagnosis import explain, explain_calls
 from testbed.form import hidden, nonfinite, not_finite, wrong_form
 from testbed.mistakes import often_meant
-from testbed.ordinary import weighted_gradient
+from testbed.ordinary import ordinary_norms, weighted_gradient
 from testbed.problems import Problem
 from testbed.processes.store import Store
 from testbed.samples import batch_of, choose, narrow, sizes
@@ -147,28 +146,20 @@ class Referee:
         """
         if self.quantity not in ("norms", "clipped_sum"):
             return []
-        key = ("ordinary", fresh)
+        key, problem, batch = ("ordinary", fresh), self.run, batch_of(self.run, fresh)
+
+        def compute() -> Result:
+            norms = ordinary_norms(problem, batch, self.autocast)
+            if self.quantity == "norms":
+                return norms
+            factors = clip_factors(norms, self.options.get("max_norm", 1.0))
+            return weighted_gradient(problem, batch, factors, self.autocast)
+
         if key not in self._known:
-            compute = self._torch_norms if self.quantity == "norms" else self._backward_of_clipped
-            self._known[key] = self._shared("ordinary", fresh, lambda: compute(fresh))
+            self._known[key] = self._shared("ordinary", fresh, compute)
         found = self._known[key]
         tensors = [found] if isinstance(found, Tensor) else list(found.values())
         return [found] if all(t.isfinite().all() for t in tensors) else []  # one of NaN measures nothing
-
-    def _torch_norms(self, fresh: bool) -> Tensor:
-        """Return ‖g_i‖ [N] by torch's norm of each parameter's gradient, a sample at a time."""
-        grads = get_backend(reference(), autocast=self.autocast).grads(self.run.model, self.run.loss_fn)
-        inputs, targets = batch_of(self.run, fresh)
-        found = []
-        for i in range(self.run.n):
-            g = grads(take(inputs, slice(i, i + 1)), targets[i : i + 1])
-            parts = [torch.linalg.vector_norm(t, dtype=wide(t.dtype)) for t in g.values()]
-            found.append(torch.linalg.vector_norm(torch.stack(parts)))
-        return torch.stack(found).to(self.run.dtype)
-
-    def _backward_of_clipped(self, fresh: bool) -> Result:
-        factors = clip_factors(self._torch_norms(fresh), self.options.get("max_norm", 1.0))
-        return weighted_gradient(self.run, batch_of(self.run, fresh), factors, self.autocast)
 
     def _whole(self, fresh: bool) -> Result:
         """Return what has the form of the whole batch's result; it takes no memory."""

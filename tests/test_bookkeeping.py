@@ -261,6 +261,15 @@ def test_passes_are_an_ordinary_steps_where_that_is_the_same(name: str, position
     assert over_the_batch(model, inputs, targets) in ((same, False) if positions in (3, 4) else (same,))
 
 
+def test_a_first_call_draws_what_later_ones_draw() -> None:
+    fn = get_backend("bookkeeping").grads(habit(lambda s, x: s.a(F.dropout(x)).sin()), squares)
+    found = []
+    for _ in range(2):
+        torch.default_generator.manual_seed(1)
+        found.append(fn(real(6, 5), real(6)))
+    assert_close(*found)
+
+
 def test_a_layout_that_depends_on_more_than_the_form_is_seen() -> None:
     model = habit(lambda s, x: s.a(x[None])[0].sin() if len(x) > 4 else s.a(x).sin())
     assert_right(model, real(6, 5), real(6))

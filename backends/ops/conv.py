@@ -216,7 +216,7 @@ def conv(
         padding = tuple(pad // 2 for pad in pads)
     sizes = (each(stride, d), (0,) * d if isinstance(padding, str) else each(padding, d), dilation)
     weights = Correlation(images(input, d), images(g, d), tuple(weight.shape), *sizes, groups)
-    return {"weight": weights, "bias": summed(g, d)}
+    return {"weight": weights, **({} if bias is None else {"bias": summed(g, d)})}
 
 
 @rule(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -235,4 +235,4 @@ def conv_transpose(
     d = weight.dim() - 2
     sizes = (each(stride, d), each(padding, d), each(dilation, d))
     weights = Correlation(images(g, d), images(input, d), tuple(weight.shape), *sizes, groups)
-    return {"weight": weights, "bias": summed(g, d)}
+    return {"weight": weights, **({} if bias is None else {"bias": summed(g, d)})}

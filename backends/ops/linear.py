@@ -26,7 +26,7 @@ def _is_matrix(arguments: Mapping[str, Any]) -> bool:
 def linear(g: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Pieces:
     """For y = x Wᵀ + b."""
     g = vectors(g)
-    return {"weight": Outer(g, vectors(input)), "bias": Dense(g.sum(1))}
+    return {"weight": Outer(g, vectors(input)), **({} if bias is None else {"bias": Dense(g.sum(1))})}
 
 
 @rule(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__, covers=_is_matrix)

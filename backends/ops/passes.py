@@ -30,7 +30,7 @@ from backends.ops.choice import CHOSEN
 from backends.ops.persample import Dense, PerSample, Stacked
 from backends.ops.taps import Each, Layout, Recorder, Uncovered
 from backends.probe import some, some_targets
-from backends.running import kept_buffers
+from backends.running import kept_buffers, kept_random_state
 
 PerParameter: TypeAlias = dict[str, PerSample]
 
@@ -75,7 +75,9 @@ class Passes:
         if size(inputs) == 1:
             return self._alone(inputs, targets, each)
         form = signature(inputs)
-        ways = self.ways.get(form) or self._ways(inputs, targets)
+        if (ways := self.ways.get(form)) is None:
+            with kept_random_state(self.model):  # a first call draws what later ones draw
+                ways = self._ways(inputs, targets)
         for count, way in enumerate(ways):
             with _going_on(count < len(ways) - 1), kept_buffers(self.model):
                 found = way.run(inputs, targets, each)
