@@ -181,7 +181,7 @@ def squares_of(grads: Tensor) -> Tensor:
     million float32 numbers is off by 1.5e-5, 250 roundings).
     """
     rows, dtype = rows_of(grads), wide(grads.dtype)
-    whole = rows.shape[1] // BLOCK * BLOCK
+    whole = rows.shape[1] // BLOCK * BLOCK if rows.device.type == "cpu" else 0
     squares: Tensor = torch.linalg.vector_norm(rows[:, whole:] if whole else rows, dim=1, dtype=dtype).square_()
     if whole:
         blocks = rows[:, :whole].unflatten(1, (-1, BLOCK))

@@ -5,6 +5,7 @@ product. Under vmap, so does the hidden state at each position. Over the batch, 
 states first; then all of them go through one product, too.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
@@ -130,7 +131,8 @@ def _at_once(
         return _step_by_step(kind, x, state, weights, has_biases)  # a projection
     w_input, w_hidden, *biases = weights
     b_input, b_hidden = biases or (None, None)
-    with torch.no_grad(), torch._C.DisableTorchFunction():
+    with torch.no_grad(), torch._C.DisableTorchFunction(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # cuDNN wants the weights of all layers in one piece of memory
         first = tuple(s[None] for s in state)
         h, *_ = layer(x, first if len(first) > 1 else first[0], weights, has_biases, 1, 0.0, False, False, False)
         h = torch.cat([first[0].to(h.dtype), h[:-1]])

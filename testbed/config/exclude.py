@@ -41,9 +41,17 @@ def check_exclude(experiment: Experiment, source: Source, *, drop_useless: bool 
 
 
 def useful(experiment: Experiment) -> tuple[Facts, ...]:
-    """Return the entries of `exclude` that match something."""
+    """Return the entries of `exclude` that match something, without values that no cell they match has."""
     cells = [combination.facts() for combination in experiment.combinations()]
-    return tuple(entry for entry in experiment.exclude if any(matches(entry, cell) for cell in cells))
+    found = ((entry, [cell for cell in cells if matches(entry, cell)]) for entry in experiment.exclude)
+    return tuple({key: _met(key, entry[key], mine) for key in entry} for entry, mine in found if mine)
+
+
+def _met(key: str, wanted: Any, cells: Collection[Facts]) -> Any:  # noqa: ANN401  whatever an entry asks for
+    """Return those of several values that some cell has."""
+    if not isinstance(wanted, tuple):
+        return wanted
+    return tuple(value for value in wanted if any(is_meant(cell[key], value) for cell in cells))
 
 
 def _refuse_useless(entry: Facts, cells: Collection[Facts], path: KeyPath, source: Source) -> None:
