@@ -332,11 +332,29 @@ def by_its_values(s: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
+def by_any_value(s: nn.Module, x: Tensor) -> Tensor:
+    """Go another way where any sample says so; of the test's batch, only the last one does."""
+    return s.a(x).sin() if bool((x.detach()[:, 0] < LATE).all()) else s.b(x)
+
+
+def by_a_list(s: nn.Module, x: Tensor) -> Tensor:
+    return s.a(x).sin() if max(x.detach()[:, 0].tolist()) < LATE else s.b(x)
+
+
+def by_a_buffer(s: nn.Module, x: Tensor) -> Tensor:
+    return s.a(x).sin() if s.limit > 0 else s.b(x)
+
+
+LATE = 50.0
+
 WAYS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], str]] = {
     "plain": (lambda s, x: s.a(x).sin(), "over the batch"),
     "a function without a rule for vmap": (lambda s, x: Doubled.apply(s.a(x)), "over the batch"),
     "samples in another order": (lambda s, x: s.a(x.flip(0)).sin().flip(0), "under vmap"),
     "control flow by values": (by_its_values, "one by one"),
+    "control flow by values of a late sample": (by_any_value, "one by one"),
+    "control flow by values read as a list": (by_a_list, "one by one"),
+    "control flow by a value that samples share": (by_a_buffer, "over the batch"),
     "a parameter used out of sight": (out_of_sight, "one by one"),
     "a checkpoint": (partial(checkpointed, reentrant=False), "one by one"),
     "a reentrant checkpoint": (partial(checkpointed, reentrant=True), "one by one"),
@@ -348,7 +366,9 @@ def test_passes_are_run_the_cheapest_way_that_is_right(name: str) -> None:
     forward, way = WAYS[name]
     model = habit(forward)
     model.kept = [model.a.weight] if name != "a parameter used out of sight" else [model.a.bias]
+    model.register_buffer("limit", torch.ones((), device=DEVICE))
     inputs, targets = real(6, 5), real(6)
+    inputs[-1, 0] = 2 * LATE
     for quantity in QUANTITIES:
         ours, loop = (getattr(get_backend(b), quantity)(model, squares) for b in ("bookkeeping", "naive"))
         assert_close(ours(inputs, targets), loop(inputs, targets))
@@ -356,11 +376,18 @@ def test_passes_are_run_the_cheapest_way_that_is_right(name: str) -> None:
 
 
 def test_a_batch_that_fails_leaves_the_cheapest_way_as_it_was() -> None:
-    model = habit(lambda s, x: s.a(x).sin() / (1 if bool((x < 100).all()) else None))
-    passes = Passes(own_copy(model), squares)
+    model = habit(lambda s, x: s.a(x).sin())
+    broken = False
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        return squares(outputs, targets) / (None if broken else 1)  # type: ignore[operator]
+
+    passes = Passes(own_copy(model), loss_fn)
     passes(real(6, 5), real(6), itself)
+    broken = True
     with pytest.raises(TypeError):
-        passes(real(6, 5) + 1000, real(6), itself)
+        passes(real(6, 5), real(6), itself)
+    broken = False
     passes(real(6, 5), real(6), itself)
     ((way, *_),) = passes.ways.values()
     assert way.name == "over the batch"

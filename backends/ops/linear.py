@@ -60,14 +60,18 @@ class Scattered(PerSample):
         self.shape = (self.height, self.values.shape[2])
 
     def rows(self, some: slice) -> Tensor:  # noqa: D102
+        n = len(range(self.samples)[some])
+        return self._tables(some, self.values.new_zeros(n * self.height, self.shape[1]))
+
+    def grads(self, empty: Empty) -> Tensor:  # noqa: D102
+        return self._tables(slice(None), empty((self.samples * self.height, self.shape[1]), self.like).zero_())
+
+    def _tables(self, some: slice, out: Tensor) -> Tensor:
+        """Return the gradients of some samples in memory [n · V, D] of zeros."""
         index, values = self.index[some], self.values[some]
         first = self.height * torch.arange(len(index), device=index.device)[:, None]
-        tables: Tensor = self._added(index + first, values, len(index) * self.height)
-        return tables.view(len(index), *self.shape)
-
-    def grads(self, empty: Empty) -> Tensor:
-        """Return all of g_i, in memory that is zero from the start: pages that nobody reads cost nothing then."""
-        return self.rows(slice(None))
+        out.index_add_(0, (index + first).flatten(), values.flatten(0, 1))
+        return out.view(len(index), *self.shape)
 
     def squares(self) -> Tensor:
         """Return ‖g_i‖² [N]: the gradients of a row that was taken more than once are added first."""

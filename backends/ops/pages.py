@@ -14,7 +14,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-LARGE = 2**25  # bytes; below, the allocator gives memory again that it has had before
+LARGE = 2**18  # bytes; below, the allocator gives memory again that it has had before, above it may take it fresh
 OURS = 3  # references to a block that nobody holds: the pool's, the loop's, and that of `getrefcount` itself
 
 

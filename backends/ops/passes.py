@@ -1,8 +1,9 @@
 """One forward pass, and one backward pass that makes no weight gradient: as an ordinary step's wherever that is right.
 
 The passes run over the batch where every use of a parameter is by an op that a rule covers, with the samples in one
-place; and where a few samples, in order and backwards, show the gradients that each has when it is run alone. Control
-flow and layout may depend on the form of the inputs, so each form is looked at anew. A parameter [1, ...] (a position
+place; where a few samples, in order and backwards, show the gradients that each has when it is run alone; and where
+nothing asks for values that belong to a sample, by which others might go another way. Control flow and layout may
+depend on the form of the inputs, so each form is looked at anew. A parameter [1, ...] (a position
 embedding, say) may be used by any op: it is there as [N, ...].
 
 Elsewhere they run under `torch.func.vmap`, where what belongs to a sample is known by construction, whatever the model
@@ -28,6 +29,7 @@ from backends.base import LossFn, Named, trainable
 from backends.batch import Batch, apply, call, signature, size, take
 from backends.ops.choice import CHOSEN
 from backends.ops.persample import Dense, PerSample, Stacked
+from backends.ops.questions import Questions
 from backends.ops.taps import Each, Layout, Recorder, Uncovered
 from backends.probe import some, some_targets
 from backends.running import kept_buffers, kept_random_state
@@ -87,20 +89,23 @@ class Passes:
         raise AssertionError("the last way returns or raises")
 
     def _ways(self, inputs: Batch, targets: Tensor) -> list[Way]:
-        """Return the ways that are right for a few samples, the cheapest first."""
+        """Return the ways that are right for a few samples, the cheapest first; that over the batch shall be for any."""
         few = list(zip(some(inputs), some_targets(targets), strict=True))[1:]
-        found, alone = [], [self._one_by_one(*batch, _itself) for batch in few]
-        for apart in (False, True):
-            with _going_on(), kept_buffers(self.model):
-                ours, (layout, again) = zip(*(self._looked_at(*b, apart=apart) for b in few), strict=True)
-                if layout == again and all(map(_near, ours, alone)):
-                    found.append(Way("over the batch", partial(self._over_the_batch, layout)))
-                    break
+        found, alone = [Way("one by one", self._one_by_one)], [self._one_by_one(*batch, _itself) for batch in few]
         with _going_on():
             for batch in few:
                 self._under_vmap(*batch, _itself)
-            found.append(Way("under vmap", self._under_vmap))
-        return [*found, Way("one by one", self._one_by_one)]
+            found.insert(0, Way("under vmap", self._under_vmap))
+        for apart in (False, True):
+            with _going_on(), kept_buffers(self.model):
+                with Questions() as questions:
+                    ours, (layout, again) = zip(*(self._looked_at(*b, apart=apart) for b in few), strict=True)
+                answers_are_shared = len(found) > 1  # vmap has given them
+                if questions.asked and not answers_are_shared:
+                    break
+                if layout == again and all(map(_near, ours, alone)):
+                    return [Way("over the batch", partial(self._over_the_batch, layout)), *found]
+        return found
 
     def _looked_at(self, inputs: Batch, targets: Tensor, *, apart: bool) -> tuple[PerParameter, Layout]:
         recorder, shared = self._batch_pass(inputs, targets, apart=apart)

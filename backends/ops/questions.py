@@ -1,0 +1,53 @@
+"""Whether a pass asks for values: its control flow may then depend on them, and what it does on what they are.
+
+What a batch answers is not what each of its samples would. Under vmap, torch answers only where nothing belongs to a
+sample, and raises everywhere else.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+READ_AT_ONCE = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr}
+"""What hands values out without an op that a `TorchDispatchMode` sees."""
+
+
+class Questions:
+    """In this context, `asked` tells whether values of a tensor have been asked for: `bool(x)`, `x.item()`, …"""
+
+    asked = False
+
+    def __enter__(self) -> "Questions":
+        self._modes = (_Ops(self), _Reads(self))
+        for mode in self._modes:
+            mode.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for mode in reversed(self._modes):
+            mode.__exit__(*error)
+
+
+class _Ops(TorchDispatchMode):
+    def __init__(self, questions: Questions) -> None:
+        super().__init__()
+        self.questions = questions
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        if torch.Tag.data_dependent_output in func.tags:
+            self.questions.asked = True
+        return func(*args, **(kwargs or {}))
+
+
+class _Reads(TorchFunctionMode):
+    def __init__(self, questions: Questions) -> None:
+        super().__init__()
+        self.questions = questions
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        if func in READ_AT_ONCE:
+            self.questions.asked = True
+        return func(*args, **(kwargs or {}))
