@@ -13,8 +13,8 @@ samples that update buffers in place, checkpoints. Random ops draw for each samp
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial, reduce
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +37,13 @@ from backends.batch import Batch
 from backends.ops.choice import CHOSEN, kernels
 from backends.ops.pages import Pool, release
 from backends.ops.passes import Passes
-from backends.ops.persample import PerSample, bytes_at_a_time
+from backends.ops.persample import PerSample, bytes_at_a_time, sum_of, total_squares
 from backends.running import library_call
 
 R = TypeVar("R", Tensor, Named)
 T = TypeVar("T")
+Part: TypeAlias = Tensor | PerSample
+"""What a parameter adds to ‖g_i‖²: `PerSample.part_of_squares`."""
 
 
 @register("bookkeeping")
@@ -85,15 +87,15 @@ class Bookkeeping(Backend):
 
     def norms(self, model: nn.Module, loss_fn: LossFn) -> TensorFn:
         """Build ‖g_i‖ from pairs."""
-        return self._built(model, loss_fn, lambda name, g: g.squares(), lambda found: _total(found.values()).sqrt())
+        return self._built(model, loss_fn, lambda name, g: g.part_of_squares(), lambda found: _norms(found.values()))
 
     def clipped_sum(self, model: nn.Module, loss_fn: LossFn, *, max_norm: Positive = 1.0) -> GradsFn:
         """Build Σ_i min(1, C/‖g_i‖) g_i from the same pairs as the norms."""
         keep = _Keep()
 
-        def weighted(found: dict[str, tuple[PerSample, Tensor]]) -> Named:
+        def weighted(found: dict[str, tuple[PerSample, Part]]) -> Named:
             keep.extra = 0
-            factors = clip_factors(_total(squares for _, squares in found.values()).sqrt(), max_norm)
+            factors = clip_factors(_norms(part for _, part in found.values()), max_norm)
             return {name: found.pop(name)[0].weighted(factors) for name in list(found)}
 
         return self._built(model, loss_fn, keep, weighted)
@@ -104,7 +106,7 @@ class Bookkeeping(Backend):
 
     def gram(self, model: nn.Module, loss_fn: LossFn) -> TensorFn:
         """Build ⟨g_i, g_j⟩, the sum over parameters."""
-        return self._built(model, loss_fn, lambda name, g: g.gram(), lambda found: _total(found.values()))
+        return self._built(model, loss_fn, lambda name, g: g.gram(), lambda found: sum_of(found.values()))
 
     def _built(
         self,
@@ -158,12 +160,12 @@ class _Keep:
 
     extra = 0
 
-    def __call__(self, name: str, g: PerSample) -> tuple[PerSample, Tensor]:
+    def __call__(self, name: str, g: PerSample) -> tuple[PerSample, Part]:
         more = g.bytes() - g.held()
         if more <= min(g.held(), bytes_at_a_time(g.like) - self.extra):
             self.extra += max(0, more)
             g = g.compact(2)
-        return g, g.squares()
+        return g, g.part_of_squares()
 
 
 def _cast(result: Any, dtypes: Mapping[str, torch.dtype]) -> Any:  # noqa: ANN401  what `combine` returns
@@ -177,5 +179,5 @@ def _as_they_are(found: Named) -> Named:
     return found
 
 
-def _total(parts: Iterable[Tensor]) -> Tensor:
-    return reduce(torch.add, parts)
+def _norms(parts: Iterable[Part]) -> Tensor:
+    return total_squares(parts).sqrt()

@@ -5,7 +5,7 @@ at a time, so that memory stays bounded; a form overrides what it can have for l
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import TypeAlias
@@ -21,6 +21,9 @@ AT_A_TIME = {"cpu": 2**21}
 """Bytes of gradients made at a time where they are not the result: on a CPU they stay in its cache."""
 
 AT_A_TIME_ELSEWHERE = 2**28
+
+SMALL = 4096
+"""Numbers in a parameter, of biases and the like, up to which a call of an op costs more than what it computes."""
 
 Empty: TypeAlias = Callable[[tuple[int, ...], Tensor], Tensor]
 """(shape, like) -> memory for a result, of the dtype and on the device of `like`."""
@@ -62,7 +65,12 @@ class PerSample(ABC):
 
     def squares(self) -> Tensor:
         """Return ‖g_i‖² [N], in float32 at least."""
-        return torch.cat([squares_of(self.rows(some)) for some in self.parts()])
+        found = [squares_of(self.rows(some)) for some in self.parts()]
+        return torch.cat(found) if len(found) > 1 else found[0]
+
+    def part_of_squares(self) -> "Tensor | PerSample":
+        """Return ‖g_i‖² [N], or gradients that are best squared with those of other parameters: `total_squares`."""
+        return self.squares()
 
     def weighted(self, factors: Tensor) -> Tensor:
         """Return Σ_i c_i g_i [*shape] for factors c [N]."""
@@ -116,6 +124,9 @@ class Dense(PerSample):
 
     def grads(self, empty: Empty) -> Tensor:  # noqa: D102
         return self.tensor.contiguous()
+
+    def part_of_squares(self) -> Tensor | PerSample:  # noqa: D102
+        return self if prod(self.shape) <= SMALL else self.squares()
 
     def parts(self) -> list[slice]:  # noqa: D102
         return [slice(0, self.samples)]
@@ -263,6 +274,24 @@ def added(terms: list[PerSample], samples: int, like: Tensor) -> PerSample:
     if pairs and len(pairs) == len(terms):
         return Outer(torch.cat([t.left for t in pairs], 1), torch.cat([t.right for t in pairs], 1))
     return Sum(terms, samples, tuple(like.shape), like)
+
+
+def total_squares(parts: Iterable[PerSample | Tensor]) -> Tensor:
+    """Return ‖g_i‖² [N] over several parameters, from what `part_of_squares` returns of each."""
+    squares, rows = [], []
+    for part in parts:
+        if isinstance(part, Tensor):
+            squares.append(part)
+        else:
+            rows.append(rows_of(part.rows(slice(None))))
+    if rows:
+        squares.append(squares_of(torch.cat(rows, 1)))
+    return sum_of(squares)
+
+
+def sum_of(parts: Iterable[Tensor]) -> Tensor:
+    """Return the sum of tensors of one shape."""
+    return torch.stack(list(parts)).sum(0)
 
 
 def outer(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:

@@ -16,7 +16,7 @@ READ_AT_ONCE = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__
 
 
 class Questions:
-    """In this context, `asked` tells whether values of a tensor have been asked for: `bool(x)`, `x.item()`, …"""
+    """A context whose `asked` tells whether a tensor's values have been asked for: by `if x`, `x.item()`, `x.tolist()`."""
 
     asked = False
 

@@ -36,6 +36,11 @@ class Place(NamedTuple):
     rows: int = 1
     apart: bool = False
 
+    def fits(self, x: Tensor, y: Tensor, n: int) -> bool:
+        """Return whether N samples can be here in what goes into an op and comes out of it."""
+        axis, length = (0, 1) if self == SHARED else (self.axis or 0, n * self.rows)
+        return axis < min(x.dim(), y.dim()) and x.shape[axis] == y.shape[axis] == length
+
     def samples_first(self, t: Tensor) -> Tensor:
         """Return a tensor as [N, rows, ...]: a sample is a batch of its own, as under vmap."""
         if self.axis is None:
@@ -206,6 +211,8 @@ class Recorder(TorchFunctionMode):
     def __post_init__(self) -> None:
         super().__init__()
         self.found = {name: [] for name in self.values}
+        self._rewrites = UNDER_VMAP if self.samples is None else OVER_THE_BATCH
+        self._rules = RULES if self.with_rules else {}
 
     def take(self, name: str, piece: PerSample) -> None:
         """Take the gradients by one use of a parameter."""
@@ -218,29 +225,30 @@ class Recorder(TorchFunctionMode):
         else:
             self.found[name].append(piece.compact())
 
+    @torch.no_grad()
     def all_wanted(self, samples: int) -> dict[str, Any]:
         """Return what is wanted of each parameter's gradients; both passes are over."""
         for name in list(self.found):
             self._finish(name, samples)
         return {name: self.wanted[name] for name in self.values}
 
-    @torch.no_grad()
     def _finish(self, name: str, samples: int) -> None:
         self.wanted[name] = self.each(name, added(self.found.pop(name), samples, self.values[name]))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
-        kwargs = kwargs or {}
-        rewritten = (UNDER_VMAP if self.samples is None else OVER_THE_BATCH).get(func)
-        if rewritten:
-            with self if rewritten.watched else nullcontext():
-                result = rewritten.function(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        if self.with_rules and func in RULES and (bound := RULES[func].bind(args, kwargs)):
+        if func in self._rewrites:
+            return self._rewritten(func, args, kwargs or {})
+        if func in self._rules and (bound := self._rules[func].bind(args, kwargs or {})):
             names = {role: self.names[p] for role in ROLES if (p := id(bound.arguments.get(role))) in self.names}
             if names:
                 return self._tapped(func, bound, names)
-        return func(*args, **kwargs)
+        return func(*args, **(kwargs or {}))
+
+    def _rewritten(self, func: Op, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
+        rewrite = self._rewrites[func]
+        with self if rewrite.watched else nullcontext():
+            result = rewrite.function(*args, **kwargs)
+        return func(*args, **kwargs) if result is NotImplemented else result
 
     def _tapped(self, func: Op, bound: Bound, names: dict[str, str]) -> Tensor:
         x = bound.arguments["input"]
@@ -258,20 +266,18 @@ class Recorder(TorchFunctionMode):
         return tapped
 
     def _place(self, x: Tensor, y: Tensor, n: int) -> Place:
-        """Return where the samples are in what goes into an op and comes out of it: what fits, and did for others."""
+        """Return where the samples are in what goes into an op and comes out of it: what is known, or the first fit."""
         if n == 1:
             return ALONE
-        lengths = [a if a == b else 0 for a, b in zip(x.shape, y.shape, strict=False)]
-        fit = [Place(axis) for axis, length in enumerate(lengths) if length == n]
-        first = lengths[0] if lengths else 0
-        if first == 1:
-            fit.append(SHARED)
-        elif first and first % n == 0:
-            fit += [Place(0, first // n, self.apart), Place(0, first // n, not self.apart)]
-        if self.known is not None:
-            count = len(self.places)
-            fit = [place for place in fit if list(self.known.places[count : count + 1]) == [place]]
-        if not fit:
-            raise Uncovered
-        self.places.append(fit[0])
-        return fit[0]
+        known = self._places(x, n) if self.known is None else self.known.places[len(self.places) :][:1]
+        for place in known:
+            if place.fits(x, y, n):
+                self.places.append(place)
+                return place
+        raise Uncovered
+
+    def _places(self, x: Tensor, n: int) -> list[Place]:
+        """Return where the samples may be in a tensor, the likeliest first."""
+        rows = len(x) // n if x.dim() else 0
+        several = [Place(0, rows, self.apart), Place(0, rows, not self.apart)] if rows > 1 else []
+        return [*(Place(axis) for axis in range(x.dim())), SHARED, *several]
