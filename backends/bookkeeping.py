@@ -11,7 +11,7 @@ What it cannot do is what `torch.func.vmap` cannot, but for recurrent layers: da
 samples that update buffers in place, checkpoints. Random ops draw for each sample, as they do in a batch.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
@@ -34,11 +34,13 @@ from backends.base import (
     trainable,
 )
 from backends.batch import Batch
+from backends.derived import wide
 from backends.ops.choice import CHOSEN, kernels
 from backends.ops.pages import Pool, release
+from backends.ops.parts import InParts
 from backends.ops.passes import Passes
 from backends.ops.persample import PerSample, bytes_at_a_time, sum_of, total_squares
-from backends.running import library_call
+from backends.running import kept_random_state, library_call
 
 R = TypeVar("R", Tensor, Named)
 T = TypeVar("T")
@@ -87,18 +89,23 @@ class Bookkeeping(Backend):
 
     def norms(self, model: nn.Module, loss_fn: LossFn) -> TensorFn:
         """Build ‖g_i‖ from pairs."""
-        return self._built(model, loss_fn, lambda name, g: g.part_of_squares(), lambda found: _norms(found.values()))
+
+        def norms(found: dict[str, Part]) -> Tensor:
+            return total_squares(found.values()).sqrt()
+
+        return self._built(model, loss_fn, lambda name, g: g.part_of_squares(), norms, torch.cat)
 
     def clipped_sum(self, model: nn.Module, loss_fn: LossFn, *, max_norm: Positive = 1.0) -> GradsFn:
         """Build Σ_i min(1, C/‖g_i‖) g_i from the same pairs as the norms."""
-        keep = _Keep()
+        pool = Pool()
+        keep = _Keep(pool)
 
-        def weighted(found: dict[str, tuple[PerSample, Part]]) -> Named:
+        def clipped_sum(found: dict[str, tuple[PerSample, Part]]) -> Named:
             keep.extra = 0
-            factors = clip_factors(_norms(part for _, part in found.values()), max_norm)
-            return {name: found.pop(name)[0].weighted(factors) for name in list(found)}
+            factors = clip_factors(total_squares(part for _, part in found.values()).sqrt(), max_norm)
+            return {name: found.pop(name)[0].weighted(factors, pool.empty) for name in list(found)}
 
-        return self._built(model, loss_fn, keep, weighted)
+        return self._built(model, loss_fn, keep, clipped_sum, _added)
 
     def variance(self, model: nn.Module, loss_fn: LossFn) -> GradsFn:
         """Build 1/N Σ (g_i − ḡ)², some samples at a time."""
@@ -114,6 +121,7 @@ class Bookkeeping(Backend):
         loss_fn: LossFn,
         each: Callable[[str, PerSample], T],
         combine: Callable[[dict[str, T]], R],
+        merge: Callable[[list[R]], R] | None = None,
     ) -> Callable[[Batch, Tensor], R]:
         """Return the function of (inputs, targets) that both passes and contractions make.
 
@@ -123,6 +131,7 @@ class Bookkeeping(Backend):
             each: What is wanted of a parameter's gradients: (name, gradients), as soon as they are known, while the
                 backward pass goes on and they are in the cache.
             combine: What came of that, by name -> the result.
+            merge: The results of parts of a batch -> that of the batch, if there is a way.
         """
         if self.triton:
             _refuse_without_triton(model)
@@ -130,13 +139,22 @@ class Bookkeeping(Backend):
         passes = Passes(model, loss_fn)
         dtypes = {name: p.dtype for name, p in trainable(model).items()}
 
-        def fn(inputs: Batch, targets: Tensor) -> R:
-            with kernels(self.triton):
-                with library_call(original, model, loss_fn, inputs, targets, buffers=False):
-                    found = passes(inputs, targets, each)
-                with torch.no_grad():
-                    result: R = _cast(combine(found), dtypes)
+        def whole(inputs: Batch, targets: Tensor) -> R:
+            found = passes(inputs, targets, each)
+            with torch.no_grad():
+                result: R = _cast(combine(found), dtypes)
             return result
+
+        parts = merge and InParts(whole, merge, f"{combine.__name__} of {type(model).__name__}")
+
+        def fn(inputs: Batch, targets: Tensor) -> R:
+            with kernels(self.triton), library_call(original, model, loss_fn, inputs, targets, buffers=False):
+                if not parts:
+                    return whole(inputs, targets)
+                if not parts.knows(inputs, targets):
+                    with kept_random_state(model):  # a first call draws what later ones draw
+                        parts.choose(inputs, targets)
+                return parts(inputs, targets)
 
         return fn
 
@@ -158,13 +176,14 @@ class _Keep:
     made of, and weighted later. `extra` is how many bytes more have been taken.
     """
 
-    extra = 0
+    def __init__(self, pool: Pool) -> None:
+        self.pool, self.extra = pool, 0
 
     def __call__(self, name: str, g: PerSample) -> tuple[PerSample, Part]:
         more = g.bytes() - g.held()
         if more <= min(g.held(), bytes_at_a_time(g.like) - self.extra):
             self.extra += max(0, more)
-            g = g.compact(2)
+            g = g.compact(2, self.pool.empty)
         return g, g.part_of_squares()
 
 
@@ -179,5 +198,13 @@ def _as_they_are(found: Named) -> Named:
     return found
 
 
-def _norms(parts: Iterable[Part]) -> Tensor:
-    return total_squares(parts).sqrt()
+def _added(parts: list[Named]) -> Named:
+    """Return the sum of parts, in the memory of the first one; half precision is summed in one go, in float32."""
+    total, *others = parts
+    for name, t in total.items():
+        if wide(t.dtype) != t.dtype:
+            total[name] = torch.stack([part[name] for part in parts]).sum(0)
+        else:
+            for part in others:
+                t += part[name]
+    return total

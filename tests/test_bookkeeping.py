@@ -13,11 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from backends import backend_class, get_backend
 from backends.base import QUANTITIES, own_copy
+from backends.batch import Batch
 from backends.ops import persample
 from backends.ops.choice import CHOSEN
 from backends.ops.conv import Correlation, by_patches, by_places, grouped
 from backends.ops.linear import Scattered
 from backends.ops.pages import LARGE, Pool
+from backends.ops.parts import InParts
 from backends.ops.passes import Passes
 from backends.ops.persample import Dense, Outer, PerSample, added
 from backends.running import kept_buffers
@@ -456,3 +458,73 @@ def test_under_autocast_results_are_in_the_parameters_dtype() -> None:
     assert {g.dtype for g in ours.values()} == {torch.float32}
     for name, g in loop.items():
         assert (ours[name] - g).norm() < 0.05 * g.norm(), name
+
+
+@pytest.mark.parametrize("quantity", ["norms", "clipped_sum"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_batch_in_parts_has_the_same_result(
+    quantity: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(linear(5, 5), nn.Tanh(), linear(5, 5)).to(DEVICE, dtype)
+    inputs, targets = real(17, 5).to(dtype), real(17).to(dtype)
+    found = []
+    for parts in (1, 2):
+        monkeypatch.setattr(InParts, "_seconds", lambda self, counts, *batch, parts=parts: {1: parts, 2: 1.5, 4: 2})
+        found.append(getattr(get_backend("bookkeeping"), quantity)(model, squares)(inputs, targets))
+        assert CHOSEN[f"{quantity} of Sequential of 17 samples"] == ("all at once" if parts == 1 else "in 2 parts")
+    once, twice = ({"": t} if isinstance(t, Tensor) else t for t in found)
+    for name, t in once.items():
+        assert twice[name].dtype == t.dtype
+        assert (twice[name] - t).norm() <= 4 * torch.finfo(dtype).eps * t.norm(), name
+
+
+def test_parts_double_for_as_long_as_that_helps_and_each_sample_is_in_one() -> None:
+    seen: list[int] = []
+
+    def run(inputs: Batch, targets: Tensor) -> Tensor:
+        seen.append(len(targets))
+        return targets * 2
+
+    parts = InParts(run, torch.cat, "doubling")
+    inputs, targets = real(67, 5), real(67)
+    parts.choose(inputs, targets)
+    (count,) = parts.counts.values()
+    assert count in (1, 2, 4, 8)
+    seen.clear()
+    parts.counts = dict.fromkeys(parts.counts, 8)
+    assert_close(parts(inputs, targets), targets * 2)
+    assert (len(seen), sum(seen), max(seen) - min(seen)) == (8, 67, 1)
+
+
+def test_a_batch_that_is_too_large_for_memory_is_run_in_parts() -> None:
+    def run(inputs: Batch, targets: Tensor) -> Tensor:
+        if len(targets) > 20:
+            raise torch.OutOfMemoryError
+        return targets * 2
+
+    parts = InParts(run, torch.cat, "doubling")
+    parts.choose(real(67, 5), real(67))
+    assert_close(parts(real(67, 5), real(67)), real(67) * 2)
+
+
+def test_small_batches_and_other_forms_are_not_divided() -> None:
+    parts = InParts(lambda inputs, targets: targets, torch.cat, "nothing")
+    assert parts.knows(real(15, 5), real(15))
+    assert not parts.knows(real(16, 5), real(16))
+    parts.choose(real(16, 5), real(16))
+    assert parts.knows(real(16, 5), real(16))
+    assert not parts.knows(real(16, 6), real(16))
+
+
+@pytest.mark.parametrize("quantity", ["norms", "clipped_sum"])
+def test_random_ops_go_on_from_part_to_part_and_a_first_call_draws_as_later_ones_do(quantity: str) -> None:
+    model = nn.Sequential(linear(5, 64), nn.Dropout(), linear(64, 5)).to(DEVICE, torch.float64)
+    fn = getattr(get_backend("bookkeeping"), quantity)(model, squares)
+    inputs, targets = real(1, 5).expand(32, 5).clone(), real(1).expand(32).clone()
+    first, second = fn(inputs, targets), fn(inputs, targets)
+    if quantity == "norms":
+        assert_close(first, second)
+        assert len(first.unique()) == 32, "samples have masks of their own"
+    else:
+        for name, t in first.items():
+            assert_close(second[name], t)

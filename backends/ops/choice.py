@@ -34,7 +34,7 @@ def fastest(ways: Mapping[str, Way], what: str, samples: int, like: Tensor) -> T
     if CHOSEN.get(key) not in ways:
         if capturing(like):  # warming up, outside of the capture, has chosen
             return next(iter(ways.values()))()
-        rounds = [{name: _timed(way, like) for name, way in ways.items()} for _ in range(TRIES)]
+        rounds = [{name: timed(way, like) for name, way in ways.items()} for _ in range(TRIES)]
         seconds = {name: min(r[name] for r in rounds) for name in ways}
         CHOSEN[key] = min(seconds, key=lambda name: seconds[name])
     return ways[CHOSEN[key]]()
@@ -61,7 +61,7 @@ def capturing(like: Tensor) -> bool:
     return like.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _timed(way: Way, like: Tensor) -> float:
+def timed(way: Callable[[], object], like: Tensor) -> float:
     """Return how many seconds a way takes; endless where it needs more memory than there is."""
     _wait(like)
     start = time.perf_counter()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backends.ops.choice import capturing, fastest, with_kernels
-from backends.ops.persample import WIDER, Dense, Outer, PerSample, at_a_time, outer
+from backends.ops.persample import WIDER, Dense, Empty, Outer, PerSample, at_a_time, fresh, outer
 from backends.ops.rules import Pieces, rule
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class Correlation(PerSample):
         parts = at_a_time(self.samples, numbers * WIDER[self.like.dtype].itemsize, self.like)
         return torch.cat([replace(self, x=self.x[i], y=self.y[i]).patches().squares_by_gram() for i in parts])
 
-    def weighted(self, factors: Tensor) -> Tensor:  # noqa: D102
+    def weighted(self, factors: Tensor, empty: Empty = fresh) -> Tensor:  # noqa: D102
         y = self.y * factors.to(self.y.dtype).view(-1, *[1] * (self.y.dim() - 1))
         return self.gradient(self.x.flatten(0, 1), y.flatten(0, 1), self.shape, self.groups)
 

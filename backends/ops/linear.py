@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backends.derived import squares_of
-from backends.ops.persample import Dense, Empty, Outer, PerSample
+from backends.ops.persample import Dense, Empty, Outer, PerSample, fresh
 from backends.ops.rules import Pieces, rule
 
 
@@ -80,8 +80,10 @@ class Scattered(PerSample):
         squares = squares_of(self._added(place, self.values, len(used)))
         return squares.new_zeros(self.samples).index_add_(0, used // self.height, squares)
 
-    def weighted(self, factors: Tensor) -> Tensor:  # noqa: D102
-        return self._added(self.index, self.values * factors.to(self.values.dtype)[:, None, None], self.height)
+    def weighted(self, factors: Tensor, empty: Empty = fresh) -> Tensor:  # noqa: D102
+        values = self.values * factors.to(self.values.dtype)[:, None, None]
+        table = empty(self.shape, self.like).zero_()
+        return table.index_add_(0, self.index.flatten(), values.flatten(0, 1))
 
     def variance(self) -> Tensor:
         """Return 1/N Σ (g_i − ḡ)² [V, D], zero in rows that no sample took."""

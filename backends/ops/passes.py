@@ -89,7 +89,7 @@ class Passes:
         raise AssertionError("the last way returns or raises")
 
     def _ways(self, inputs: Batch, targets: Tensor) -> list[Way]:
-        """Return the ways that are right for a few samples, the cheapest first; nothing may tell other samples apart."""
+        """Return the ways that are right for a few samples, the cheapest first; it must be right for others too."""
         few = list(zip(some(inputs), some_targets(targets), strict=True))[1:]
         found, alone = [Way("one by one", self._one_by_one)], [self._one_by_one(*batch, _itself) for batch in few]
         with _going_on():

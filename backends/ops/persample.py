@@ -29,6 +29,11 @@ Empty: TypeAlias = Callable[[tuple[int, ...], Tensor], Tensor]
 """(shape, like) -> memory for a result, of the dtype and on the device of `like`."""
 
 
+def fresh(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Return memory from torch's allocator."""
+    return like.new_empty(shape)
+
+
 class PerSample(ABC):
     """g_i [N, *shape] of one parameter, N ≥ 1.
 
@@ -50,9 +55,9 @@ class PerSample(ABC):
         """Return how many bytes this form holds; 0 where that is always less than the gradients take."""
         return 0
 
-    def compact(self, most: float = 1.0) -> "PerSample":
+    def compact(self, most: float = 1.0, empty: Empty = fresh) -> "PerSample":
         """Return the form to keep: this one, or the gradients where they take at most so many times its memory."""
-        return Dense(self.rows(slice(None))) if self.bytes() <= most * self.held() else self
+        return Dense(self.grads(empty)) if self.bytes() <= most * self.held() else self
 
     def grads(self, empty: Empty) -> Tensor:
         """Return all of g_i [N, *shape]; if they are large, in memory from `empty`."""
@@ -72,8 +77,8 @@ class PerSample(ABC):
         """Return ‖g_i‖² [N], or gradients that are best squared with those of other parameters: `total_squares`."""
         return self.squares()
 
-    def weighted(self, factors: Tensor) -> Tensor:
-        """Return Σ_i c_i g_i [*shape] for factors c [N]."""
+    def weighted(self, factors: Tensor, empty: Empty = fresh) -> Tensor:
+        """Return Σ_i c_i g_i [*shape] for factors c [N]; if it is large, perhaps in memory from `empty`."""
         first, *others = self.parts()
         total = weighted_sum(factors[first], self.rows(first))
         for some in others:
@@ -187,10 +192,11 @@ class Outer(PerSample):
             found[some] = moment.sub_(mean.square_()).clamp_(min=0)
         return found
 
-    def weighted(self, factors: Tensor) -> Tensor:  # noqa: D102
+    def weighted(self, factors: Tensor, empty: Empty = fresh) -> Tensor:  # noqa: D102
         left, right, factors = self.left, self.right, factors.to(self.like.dtype)[:, None, None]
         left, right = (left * factors, right) if left.shape[2] <= right.shape[2] else (left, right * factors)
-        return left.flatten(0, 1).mT @ right.flatten(0, 1)
+        out = empty(self.shape, self.like)
+        return torch.mm(left.flatten(0, 1).mT, right.flatten(0, 1), out=out)
 
     def gram(self) -> Tensor:  # noqa: D102
         if self.left.shape[1] > 1:
@@ -237,7 +243,7 @@ class Sum(PerSample):
             total += term.rows(some)
         return total
 
-    def weighted(self, factors: Tensor) -> Tensor:  # noqa: D102
+    def weighted(self, factors: Tensor, empty: Empty = fresh) -> Tensor:  # noqa: D102
         total = self.like.new_zeros(self.shape)
         for term in self.terms:
             total += term.weighted(factors)
@@ -259,7 +265,7 @@ class Stacked(PerSample):
     def squares(self) -> Tensor:  # noqa: D102
         return torch.cat([single.squares() for single in self.singles])
 
-    def weighted(self, factors: Tensor) -> Tensor:  # noqa: D102
+    def weighted(self, factors: Tensor, empty: Empty = fresh) -> Tensor:  # noqa: D102
         total = self.like.new_zeros(self.shape)
         for single, factor in zip(self.singles, factors, strict=True):
             total += single.weighted(factor[None])

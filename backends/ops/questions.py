@@ -16,7 +16,7 @@ READ_AT_ONCE = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__
 
 
 class Questions:
-    """A context whose `asked` tells whether a tensor's values have been asked for: by `if x`, `x.item()`, `x.tolist()`."""
+    """A context; `asked` tells whether values of a tensor have been asked for in it: by `if x`, `x.item()`, …."""
 
     asked = False
 

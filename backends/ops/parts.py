@@ -1,0 +1,82 @@
+"""A batch in parts, one after the other: as many as is fastest.
+
+What samples add to a result does not depend on each other. Parts hold less at a time, and on a CPU more of that stays
+in its caches; but each part pays for every op anew. So it is measured, when a form of inputs is new.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Generic, TypeVar
+
+from torch import Tensor
+
+from backends.batch import Batch, signature, size
+from backends.derived import chunks
+from backends.ops.choice import CHOSEN, TRIES, capturing, timed
+
+R = TypeVar("R")
+
+LEAST = 8  # samples in a part
+MOST = 8  # parts
+EQUAL = 1.02  # times as long is as fast: then more parts are better, since they hold less
+LONG = 1.0  # seconds; what takes longer is timed once
+
+
+@dataclass
+class InParts(Generic[R]):
+    """A function of (inputs, targets), run on parts of the batch.
+
+    Attributes:
+        run: The function.
+        merge: The parts' results -> the result.
+        what: What it computes, for the record of choices.
+        counts: How many parts are best, by the form of inputs.
+    """
+
+    run: Callable[[Batch, Tensor], R]
+    merge: Callable[[list[R]], R]
+    what: str
+    counts: dict[object, int] = field(default_factory=dict)
+
+    def __call__(self, inputs: Batch, targets: Tensor) -> R:
+        """Return the result."""
+        return self._in(self.counts.get(_form(inputs), 1), inputs, targets)
+
+    def knows(self, inputs: Batch, targets: Tensor) -> bool:
+        """Return whether it is known how many parts are best, or there is no choice."""
+        return _form(inputs) in self.counts or size(inputs) < 2 * LEAST or capturing(targets)
+
+    def choose(self, inputs: Batch, targets: Tensor) -> None:
+        """Measure how many parts are best: twice as many for as long as that does not take longer."""
+        n, best = size(inputs), 1
+        while (more := 2 * best) <= MOST and n >= more * LEAST:
+            seconds = self._seconds((best, more), inputs, targets)
+            if not seconds[more] <= EQUAL * seconds[best]:
+                break
+            best = more
+        self.counts[_form(inputs)] = best
+        CHOSEN[f"{self.what} of {n} samples"] = "all at once" if best == 1 else f"in {best} parts"
+
+    def _in(self, count: int, inputs: Batch, targets: Tensor) -> R:
+        if count == 1:
+            return self.run(inputs, targets)
+        most = math.ceil(size(inputs) / count)
+        return self.merge([self.run(*part) for part in chunks(inputs, targets, most)])
+
+    def _seconds(self, counts: tuple[int, int], inputs: Batch, targets: Tensor) -> dict[int, float]:
+        """Return how long each of two counts takes, in turn; the first try may measure and compile, and is left out."""
+        found = dict.fromkeys(counts, math.inf)
+        for attempt in range(1 + TRIES):
+            for count in counts:
+                seconds = timed(partial(self._in, count, inputs, targets), targets)
+                if attempt > 0:
+                    found[count] = min(found[count], seconds)
+            if attempt > 0 and max(found.values()) > LONG:
+                break
+        return found
+
+
+def _form(inputs: Batch) -> object:
+    return signature(inputs), size(inputs)
