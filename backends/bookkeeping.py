@@ -14,7 +14,7 @@ samples that update buffers in place, checkpoints. Random ops draw for each samp
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,9 @@ from backends.derived import wide
 from backends.ops.choice import CHOSEN, kernels
 from backends.ops.pages import Pool, release
 from backends.ops.parts import InParts
-from backends.ops.passes import Passes
+from backends.ops.passes import Passes, Way
 from backends.ops.persample import PerSample, bytes_at_a_time, sum_of, total_squares
+from backends.ops.traced import Compiled
 from backends.running import kept_random_state, library_call
 
 R = TypeVar("R", Tensor, Named)
@@ -57,6 +58,8 @@ class Bookkeeping(Backend):
         reuse_buffers: `grads` writes large results where those of its call before are: they are valid until then.
         triton: Measure a Triton kernel too, where there are several ways (CUDA only). It has not run on a GPU yet.
     """
+
+    own_modes: ClassVar[frozenset[str]] = frozenset({"compile"})  # ops are recorded first
 
     reuse_buffers: bool = False
     triton: bool = False
@@ -139,13 +142,18 @@ class Bookkeeping(Backend):
         passes = Passes(model, loss_fn)
         dtypes = {name: p.dtype for name, p in trainable(model).items()}
 
-        def whole(inputs: Batch, targets: Tensor) -> R:
-            found = passes(inputs, targets, each)
+        def made(found: dict[str, T]) -> R:
             with torch.no_grad():
-                result: R = _cast(combine(found), dtypes)
-            return result
+                return _cast(combine(found), dtypes)  # type: ignore[no-any-return]
 
-        parts = merge and InParts(whole, merge, f"{combine.__name__} of {type(model).__name__}")
+        def passed(inputs: Batch, targets: Tensor) -> R:
+            return made(passes(inputs, targets, each))
+
+        def passed_by(way: Way, inputs: Batch, targets: Tensor) -> R:
+            return made(way.run(inputs, targets, each))
+
+        whole = Compiled(passes, passed_by) if self.compile else passed
+        parts = merge and not self.compile and InParts(whole, merge, f"{combine.__name__} of {type(model).__name__}")
 
         def fn(inputs: Batch, targets: Tensor) -> R:
             with kernels(self.triton), library_call(original, model, loss_fn, inputs, targets, buffers=False):

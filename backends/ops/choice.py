@@ -14,6 +14,7 @@ CHOSEN: dict[str, str] = {}
 """What has been chosen in this process by measuring and trying, by what it was chosen for; records show it."""
 
 _KERNELS = False  # no ContextVar: on CUDA, autograd runs the backward pass in a thread of its own
+_TRACING = False
 
 TRIES = 3  # of each way, in turn: the first one may compile, allocate, or pick a kernel
 
@@ -22,7 +23,7 @@ def fastest(ways: Mapping[str, Way], what: str, samples: int, like: Tensor) -> T
     """Return the tensor by the way that is fastest for `what`; when that is new, all are tried.
 
     Args:
-        ways: By name. The first one is taken where there is no time to measure: while a CUDA graph is captured.
+        ways: By name. The first one is taken where it cannot be measured: while ops are recorded.
         what: All that the speed of the ways depends on but device, dtype and the number of samples.
         samples: Their number; its power of two is part of what the choice is made for.
         like: Any tensor of the dtype and on the device.
@@ -56,9 +57,20 @@ def with_kernels(like: Tensor) -> bool:
     return _KERNELS and like.dtype != torch.float64
 
 
+@contextmanager
+def tracing() -> Iterator[None]:
+    """Say that ops are being recorded in the block: nothing is then chosen by values or time, nor kept."""
+    global _TRACING
+    _TRACING = True
+    try:
+        yield
+    finally:
+        _TRACING = False
+
+
 def capturing(like: Tensor) -> bool:
-    """Return whether a CUDA graph is being captured, which must not wait for a value."""
-    return like.is_cuda and torch.cuda.is_current_stream_capturing()
+    """Return whether ops are being recorded, also as a CUDA graph, which must not wait for a value."""
+    return _TRACING or (like.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def timed(way: Callable[[], object], like: Tensor) -> float:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backends.derived import squares_of
+from backends.ops.choice import capturing
 from backends.ops.persample import Dense, Empty, Outer, PerSample, fresh
 from backends.ops.rules import Pieces, rule
 
@@ -75,10 +76,12 @@ class Scattered(PerSample):
 
     def squares(self) -> Tensor:
         """Return ‖g_i‖² [N]: the gradients of a row that was taken more than once are added first."""
-        sample = torch.arange(self.samples, device=self.index.device)[:, None]
-        used, place = torch.unique(self.index + self.height * sample, return_inverse=True)
-        squares = squares_of(self._added(place, self.values, len(used)))
-        return squares.new_zeros(self.samples).index_add_(0, used // self.height, squares)
+        n, t = self.index.shape
+        index, order = self.index.sort(1)
+        first = F.pad(index.diff(dim=1) != 0, (1, 0), value=True)
+        place = torch.empty_like(order).scatter_(1, order, first.cumsum(1) - 1)  # among the rows that the sample took
+        place += t * torch.arange(n, device=index.device)[:, None]
+        return squares_of(self._added(place, self.values, n * t)).view(n, t).sum(1)
 
     def weighted(self, factors: Tensor, empty: Empty = fresh) -> Tensor:  # noqa: D102
         values = self.values * factors.to(self.values.dtype)[:, None, None]
@@ -87,6 +90,8 @@ class Scattered(PerSample):
 
     def variance(self) -> Tensor:
         """Return 1/N Σ (g_i − ḡ)² [V, D], zero in rows that no sample took."""
+        if capturing(self.like):
+            return super().variance()
         used, taken = self._taken()
         found = self.like.new_zeros(self.shape)
         found[used] = PerSample.variance(taken)
@@ -94,10 +99,10 @@ class Scattered(PerSample):
 
     def gram(self) -> Tensor:
         """Return ⟨g_i, g_j⟩ [N, N], of the rows that any sample took."""
-        return PerSample.gram(self._taken()[1])
+        return super().gram() if capturing(self.like) else PerSample.gram(self._taken()[1])
 
     def _taken(self) -> tuple[Tensor, "Scattered"]:
-        """Return which rows any sample took, and the gradients of a table of those alone."""
+        """Return which rows any sample took, and the gradients of a table of those alone; it waits for a value."""
         used, place = torch.unique(self.index, return_inverse=True)
         return used, Scattered(place, self.values, len(used))
 

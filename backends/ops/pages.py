@@ -14,6 +14,8 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from backends.ops.choice import capturing
+
 LARGE = 2**18  # bytes; below, the allocator gives memory again that it has had before, above it may take it fresh
 OURS = 3  # references to a block that nobody holds: the pool's, the loop's, and that of `getrefcount` itself
 
@@ -33,6 +35,8 @@ class Pool:
 
     def same(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Return the memory that was returned for the name before, if it fits."""
+        if capturing(like):
+            return like.new_empty(shape)
         known = self._named.get(name)
         if known is None or (known.shape, known.dtype) != (shape, like.dtype):
             known = self._named[name] = self.empty(shape, like)
@@ -41,7 +45,7 @@ class Pool:
     def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Return memory that nobody else holds, of the dtype and on the device of `like`; its values are arbitrary."""
         size = prod(shape) * like.element_size()
-        if like.device.type != "cpu" or size < LARGE:
+        if like.device.type != "cpu" or size < LARGE or capturing(like):
             return like.new_empty(shape)
         return torch.frombuffer(self._block(size), dtype=like.dtype).view(shape)
 

@@ -45,6 +45,9 @@ NOISE = 8
 """Roundings of the whole gradient that one of a parameter may be apart besides: some are zero but for rounding."""
 
 
+ONE_BY_ONE = "one by one"
+
+
 class Way(NamedTuple):
     """A way to run both passes: (inputs, targets, what is wanted of each parameter's g_i) -> that, by name."""
 
@@ -88,10 +91,17 @@ class Passes:
                 return found
         raise AssertionError("the last way returns or raises")
 
+    def way(self, inputs: Batch, targets: Tensor) -> Way:
+        """Return the way that these inputs are run."""
+        if size(inputs) == 1:
+            return Way("alone", self._alone)
+        self(inputs, targets, _itself)
+        return self.ways[signature(inputs)][0]
+
     def _ways(self, inputs: Batch, targets: Tensor) -> list[Way]:
         """Return the ways that are right for a few samples, the cheapest first; it must be right for others too."""
         few = list(zip(some(inputs), some_targets(targets), strict=True))[1:]
-        found, alone = [Way("one by one", self._one_by_one)], [self._one_by_one(*batch, _itself) for batch in few]
+        found, alone = [Way(ONE_BY_ONE, self._one_by_one)], [self._one_by_one(*batch, _itself) for batch in few]
         with _going_on():
             for batch in few:
                 self._under_vmap(*batch, _itself)
