@@ -88,7 +88,7 @@ class Bookkeeping(Backend):
         def written(name: str, g: PerSample) -> Tensor:
             return g.grads(partial(memory, name)).contiguous()
 
-        return self._built(model, loss_fn, written, _as_they_are)
+        return self._built(model, loss_fn, written, _apart)
 
     def norms(self, model: nn.Module, loss_fn: LossFn) -> TensorFn:
         """Build ‖g_i‖ from pairs."""
@@ -200,6 +200,16 @@ def _cast(result: Any, dtypes: Mapping[str, torch.dtype]) -> Any:  # noqa: ANN40
     if isinstance(result, Tensor):
         return result.to(next(iter(dtypes.values())))
     return {name: t.to(dtypes[name]) for name, t in result.items()}
+
+
+def _apart(found: Named) -> Named:
+    """Return tensors none of which shares another one's memory: autograd may give one to several parameters."""
+    seen: set[int] = set()
+    for name, t in found.items():
+        place = t.untyped_storage().data_ptr()
+        found[name] = t.clone() if place in seen else t
+        seen.add(place)
+    return found
 
 
 def _as_they_are(found: Named) -> Named:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -39,11 +40,11 @@ def unguarded() -> Iterator[None]:
 
 
 def refuse_impure(model: nn.Module) -> None:
-    """Refuse modules whose samples have no gradients of their own, or that change their weights while they run.
+    """Refuse modules whose samples have no gradients of their own, or that change their weights, or that have no copy.
 
     Raises:
         Unsupported: BatchNorm in training mode or without running statistics, an embedding with `max_norm` or
-            `scale_grad_by_freq`.
+            `scale_grad_by_freq`, a scripted or traced module.
     """
     for path, module in model.named_modules():
         where, kind = f"`{path or 'model'}`", type(module).__name__
@@ -53,6 +54,8 @@ def refuse_impure(model: nn.Module) -> None:
                 f"{where} ({kind}) {option} mixes the samples of a batch, "
                 "so no sample has a gradient of its own; use eval() or GroupNorm"
             )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise Unsupported(f"{where} ({kind}) is scripted: a copy of it has parameters that do not follow yours")
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.weight.requires_grad:
             if module.max_norm is not None:
                 raise Unsupported(f"{where} ({kind}(max_norm={module.max_norm})) changes its weights while it runs")

@@ -161,7 +161,7 @@ def differentiated_directly(model: nn.Module, inputs: Tensor, targets: Tensor) -
     passes, found = Passes(own_copy(model), squares), []
     backward = passes._backward
     passes._backward = lambda *args: found.append(backward(*args)) or found[-1]  # type: ignore[func-returns-value, method-assign]
-    passes._under_vmap(inputs, targets, itself)
+    passes.under_vmap(with_rules=True).run(inputs, targets, itself)
     return set(found[-1][0])
 
 
@@ -247,7 +247,9 @@ LAYOUTS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], bool]] = {
     "samples in another order": (lambda s, x: s.a(x.flip(0)).sin().flip(0), False),
     "samples sorted": (lambda s, x: s.a(x[x[:, 0, 0].argsort()]).sin(), False),
     "samples that see each other": (lambda s, x: s.a(x - x.mean(0)).sin(), False),
-    "random": (lambda s, x: s.a(x).sin() + 0 * s.b(F.dropout(x)), True),
+    "random": (lambda s, x: s.a(x).sin() + 0 * s.b(F.dropout(x)), False),
+    "a little of another sample": (lambda s, x: s.a(x).sin() + 1e-4 * s.a(x.flip(0).cos()).flip(0), False),
+    "the largest of all samples": (lambda s, x: s.a(x / x.abs().amax().clamp(min=9.0)).sin(), False),
 }
 
 

@@ -23,7 +23,13 @@ def _is_matrix(arguments: Mapping[str, Any]) -> bool:
     return bool(arguments["weight"].dim() == 2)
 
 
-@rule(F.linear, covers=_is_matrix)
+def _adds_a_row(arguments: Mapping[str, Any]) -> bool:
+    """Return whether there is no bias, or one number of it for each output; others are broadcast."""
+    bias, weight = arguments["bias"], arguments["weight"]
+    return _is_matrix(arguments) and (bias is None or bias.shape == weight.shape[:1])
+
+
+@rule(F.linear, covers=_adds_a_row)
 def linear(g: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Pieces:
     """For y = x Wᵀ + b."""
     g = vectors(g)
@@ -36,7 +42,10 @@ def matmul(g: Tensor, input: Tensor, weight: Tensor) -> Pieces:
     return {"weight": Outer(vectors(input), vectors(g))}
 
 
-@rule(torch.addmm, covers=lambda a: a["bias"].dim() == 1 and _is_matrix(a) and a["alpha"] == a["beta"] == 1)
+@rule(
+    torch.addmm,
+    covers=lambda a: _is_matrix(a) and a["bias"].shape == a["weight"].shape[1:] and a["alpha"] == a["beta"] == 1,
+)
 def addmm(g: Tensor, bias: Tensor, input: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Pieces:
     """For y = b + x W."""
     return {"weight": Outer(vectors(input), vectors(g)), "bias": Dense(vectors(g).sum(1))}
@@ -125,5 +134,5 @@ def embedding(
     """For y_t = W[x_t]; the row `padding_idx` gets no gradient."""
     index, g = input.reshape(len(input), -1), vectors(g)
     if padding_idx is not None:
-        g = g * (index != padding_idx % len(weight))[:, :, None]
+        g = g.masked_fill((index == padding_idx % len(weight))[:, :, None], 0)  # NaN too
     return {"weight": Scattered(index, g, len(weight))}

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic, TypeVar
 
+import torch
 from torch import Tensor
 
-from backends.batch import Batch, signature, size
+from backends.batch import Batch, apply, signature, size
 from backends.derived import chunks
 from backends.ops.choice import CHOSEN, TRIES, capturing, timed
 
@@ -70,7 +71,8 @@ class InParts(Generic[R]):
         found = dict.fromkeys(counts, math.inf)
         for attempt in range(1 + TRIES):
             for count in counts:
-                seconds = timed(partial(self._in, count, inputs, targets), targets)
+                copies = apply(torch.clone, inputs), targets.clone()  # a model may change its inputs in place
+                seconds = timed(partial(self._in, count, *copies), targets)
                 if attempt > 0:
                     found[count] = min(found[count], seconds)
             if attempt > 0 and max(found.values()) > LONG:

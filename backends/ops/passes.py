@@ -15,8 +15,8 @@ What vmap cannot run either (control flow that depends on the data, checkpoints,
 a time, as by a loop; pairs are kept all the same.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
@@ -28,24 +28,16 @@ from torch.func import functional_call, vmap
 from backends.base import LossFn, Named, trainable
 from backends.batch import Batch, apply, call, signature, size, take
 from backends.ops.choice import CHOSEN
+from backends.ops.look import going_on, itself, right_ways
 from backends.ops.persample import Dense, PerSample, Stacked
-from backends.ops.questions import Questions
 from backends.ops.taps import Each, Layout, Recorder, Uncovered
-from backends.probe import some, some_targets
-from backends.running import kept_buffers, kept_random_state
+from backends.running import kept_attributes, kept_buffers, kept_random_state
 
 PerParameter: TypeAlias = dict[str, PerSample]
 
-SAME = {torch.bfloat16: 0.1, torch.float16: 0.1}
-"""How far gradients may be apart, relative to their norm, that are the same but for rounding and kinks."""
-
-SAME_ELSEWHERE = 0.01
-
-NOISE = 8
-"""Roundings of the whole gradient that one of a parameter may be apart besides: some are zero but for rounding."""
-
-
 ONE_BY_ONE = "one by one"
+
+LOOKS = 8  # at samples that do not tell apart, before they are run under vmap for good
 
 
 class Way(NamedTuple):
@@ -63,13 +55,13 @@ class Passes:
         model: The backend's own copy.
         loss_fn: (outputs [N, ...], targets [N, ...]) -> losses [N].
         ways: By the form of the inputs, the ways to run them that have not failed, the cheapest first.
-        ruleless: Where the model runs without rules only.
+        looks: How often a form has been looked at.
     """
 
     model: nn.Module
     loss_fn: LossFn
-    ways: dict[tuple[object, ...], list[Way]] = field(default_factory=dict)
-    ruleless: set[str] = field(default_factory=set)
+    ways: dict[object, list[Way]] = field(default_factory=dict)
+    looks: Counter[object] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.parameters = trainable(self.model)
@@ -77,53 +69,64 @@ class Passes:
 
     def __call__(self, inputs: Batch, targets: Tensor, each: Each) -> dict[str, Any]:
         """Run both passes; what a way cannot do with these very inputs, the next one does."""
-        if size(inputs) == 1:
-            return self._alone(inputs, targets, each)
-        form = signature(inputs)
-        if (ways := self.ways.get(form)) is None:
-            with kept_random_state(self.model):  # a first call draws what later ones draw
-                ways = self._ways(inputs, targets)
+        form = (signature(inputs), size(inputs) == 1)
+        ways = self.ways.get(form) or self._looked(form, inputs, targets)
         for count, way in enumerate(ways):
-            with _going_on(count < len(ways) - 1), kept_buffers(self.model):
+            with going_on(count < len(ways) - 1), kept_buffers(self.model):
                 found = way.run(inputs, targets, each)
-                self.ways[form] = ways[count:]
-                CHOSEN[f"passes of {type(self.model).__name__}"] = way.name
+                if form in self.ways:
+                    self.ways[form] = ways[count:]
+                if size(inputs) > 1:
+                    CHOSEN[f"passes of {type(self.model).__name__}"] = way.name
                 return found
         raise AssertionError("the last way returns or raises")
 
     def way(self, inputs: Batch, targets: Tensor) -> Way:
         """Return the way that these inputs are run."""
-        if size(inputs) == 1:
-            return Way("alone", self._alone)
-        self(inputs, targets, _itself)
-        return self.ways[signature(inputs)][0]
+        form = (signature(inputs), size(inputs) == 1)
+        self(inputs, targets, itself)
+        return (self.ways.get(form) or self._looked(form, inputs, targets))[0]
 
-    def _ways(self, inputs: Batch, targets: Tensor) -> list[Way]:
-        """Return the ways that are right for a few samples, the cheapest first; it must be right for others too."""
-        few = list(zip(some(inputs), some_targets(targets), strict=True))[1:]
-        found, alone = [Way(ONE_BY_ONE, self._one_by_one)], [self._one_by_one(*batch, _itself) for batch in few]
-        with _going_on():
-            for batch in few:
-                self._under_vmap(*batch, _itself)
-            found.insert(0, Way("under vmap", self._under_vmap))
-        for apart in (False, True):
-            with _going_on(), kept_buffers(self.model):
-                with Questions() as questions:
-                    ours, (layout, again) = zip(*(self._looked_at(*b, apart=apart) for b in few), strict=True)
-                answers_are_shared = len(found) > 1  # vmap has given them
-                if questions.asked and not answers_are_shared:
-                    break
-                if layout == again and all(map(_near, ours, alone)):
-                    return [Way("over the batch", partial(self._over_the_batch, layout)), *found]
-        return found
+    def _looked(self, form: object, inputs: Batch, targets: Tensor) -> list[Way]:
+        """Return the ways that are right; where samples do not tell, they are looked for again, a few times at most."""
+        with kept_random_state(self.model):  # a first call draws what later ones draw
+            ways, sure = right_ways(self, inputs, targets)
+        self.looks[form] += 1
+        if sure or self.looks[form] == LOOKS:
+            self.ways[form] = ways
+        return ways
 
-    def _looked_at(self, inputs: Batch, targets: Tensor, *, apart: bool) -> tuple[PerParameter, Layout]:
-        recorder, shared = self._batch_pass(inputs, targets, apart=apart)
+    def over_the_batch(self, layout: Layout) -> Way:
+        """Return the way over the batch, where the samples' places are known."""
+
+        def run(inputs: Batch, targets: Tensor, each: Each) -> dict[str, Any]:
+            return self._batch_pass(inputs, targets, known=layout, each=each)[0].all_wanted(size(inputs))
+
+        return Way("over the batch", run)
+
+    def looked_at(self, inputs: Batch, targets: Tensor, *, apart: bool) -> tuple[PerParameter, Layout, list[Tensor]]:
+        """Return what a pass over the batch finds, the samples' places in it, and what went into each tap [N, ...]."""
+        seen: list[Tensor] = []
+        recorder, shared = self._batch_pass(inputs, targets, apart=apart, seen=seen)
         uses = {name: count for name, count in recorder.uses.items() if name not in shared}
-        return recorder.all_wanted(size(inputs)), Layout(recorder.places, uses)
+        return recorder.all_wanted(size(inputs)), Layout(recorder.places, uses, recorder.at), seen
 
-    def _over_the_batch(self, layout: Layout, inputs: Batch, targets: Tensor, each: Each) -> dict[str, Any]:
-        return self._batch_pass(inputs, targets, known=layout, each=each)[0].all_wanted(size(inputs))
+    def under_vmap(self, *, with_rules: bool) -> Way:
+        """Return the way under vmap."""
+        return Way("under vmap", partial(self._vmapped, with_rules))
+
+    def one_by_one(self, *, with_rules: bool) -> Way:
+        """Return the way that runs one sample at a time."""
+        return Way(ONE_BY_ONE, partial(self._one_by_one, with_rules))
+
+    def plain(self, inputs: Batch, targets: Tensor) -> Named:
+        """Return the gradients of one sample {name: [*shape]} by ordinary autograd."""
+        self.model.zero_grad(set_to_none=True)
+        with kept_buffers(self.model):
+            torch.autograd.backward(self.loss_fn(call(self.model, inputs), targets).sum())
+        found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in self.parameters.items()}
+        self.model.zero_grad(set_to_none=True)
+        return {name: _dense(g) for name, g in found.items()}
 
     def _batch_pass(self, inputs: Batch, targets: Tensor, **how: Any) -> tuple[Recorder, Named]:  # noqa: ANN401
         """Return the recorder of both passes, see there, and the parameters that were there as [N, ...]."""
@@ -144,26 +147,21 @@ class Passes:
             recorder.found[name].append(Dense(g[:, None]))
         return recorder, copies
 
-    def _under_vmap(self, inputs: Batch, targets: Tensor, each: Each) -> dict[str, Any]:
-        def run(with_rules: bool) -> dict[str, Any]:
-            return self._vmapped(inputs, targets, each=each, with_rules=with_rules)
-
-        return self._ruled("under vmap", run)
-
-    def _vmapped(self, inputs: Batch, targets: Tensor, **how: Any) -> dict[str, Any]:  # noqa: ANN401
+    def _vmapped(self, with_rules: bool, inputs: Batch, targets: Tensor, each: Each) -> dict[str, Any]:
         n = size(inputs)
         copies = {name: p.expand(n, *p.shape).requires_grad_() for name, p in self.values.items()}
         recorders: list[Recorder] = []
 
         def loss(copies: Named, token: Tensor, buffers: Named, inputs: Batch, targets: Tensor) -> Tensor:
-            recorders.append(self._recorder(copies, token, **how))
+            recorders.append(self._recorder(copies, token, with_rules=with_rules, each=each))
             inputs, targets = apply(lambda t: t[None], inputs), apply(lambda t: t[None], targets)
             with recorders[0]:
                 outputs = call(lambda *a, **k: functional_call(self.model, (copies, buffers), a, k), inputs)
                 return self.loss_fn(outputs, targets).sum()
 
         token, buffers = self._token(n), {name: b.clone() for name, b in self.model.named_buffers()}
-        losses = vmap(loss, (0, 0, None, 0, 0), randomness="different")(copies, token, buffers, inputs, targets)
+        with kept_attributes(self.model):  # a tensor of vmap's is dead after it
+            losses = vmap(loss, (0, 0, None, 0, 0), randomness="different")(copies, token, buffers, inputs, targets)
         by_copies, missed = self._backward(recorders[0], losses, token, copies)
         if missed:  # a parameter is used by a reference that the model has kept, which is no copy
             raise Uncovered
@@ -171,18 +169,16 @@ class Passes:
             recorders[0].found[name].append(Dense(g))
         return recorders[0].all_wanted(n)
 
-    def _one_by_one(self, inputs: Batch, targets: Tensor, each: Each) -> dict[str, Any]:
-        samples = (slice(i, i + 1) for i in range(size(inputs)))
-        found = [self._alone(take(inputs, i), take(targets, i), _itself) for i in samples]
+    def _one_by_one(self, with_rules: bool, inputs: Batch, targets: Tensor, each: Each) -> dict[str, Any]:
+        alone = self._of_one if with_rules else self._of_one_plainly
+        if size(inputs) == 1:
+            return alone(inputs, targets, each)
+        found = []
+        for i in range(size(inputs)):
+            with kept_buffers(self.model):
+                found.append(alone(take(inputs, slice(i, i + 1)), targets[i : i + 1], itself))
         with torch.no_grad():
             return {name: each(name, Stacked([one.pop(name) for one in found])) for name in self.values}
-
-    def _alone(self, inputs: Batch, targets: Tensor, each: Each) -> dict[str, Any]:
-        def run(with_rules: bool) -> dict[str, Any]:
-            with kept_buffers(self.model):
-                return (self._of_one if with_rules else self._plain)(inputs, targets, each)
-
-        return self._ruled("alone", run)
 
     def _of_one(self, inputs: Batch, targets: Tensor, each: Each) -> dict[str, Any]:
         token = self._token(1)
@@ -194,28 +190,18 @@ class Passes:
             recorder.found[name].append(Dense(_dense(g)[None]))
         return recorder.all_wanted(1)
 
-    def _plain(self, inputs: Batch, targets: Tensor, each: Each) -> dict[str, Any]:
-        self.model.zero_grad(set_to_none=True)
-        torch.autograd.backward(self.loss_fn(call(self.model, inputs), targets).sum())
-        grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in self.parameters.items()}
-        return {name: each(name, Dense(_dense(g)[None])) for name, g in grads.items()}
-
-    def _ruled(self, name: str, run: Callable[[bool], dict[str, Any]]) -> dict[str, Any]:
-        """Run with rules if that works, else without: the model itself may differentiate through its ops, say."""
-        if name not in self.ruleless:
-            with _going_on():
-                return run(True)
-        found = run(False)
-        self.ruleless.add(name)
-        return found
+    def _of_one_plainly(self, inputs: Batch, targets: Tensor, each: Each) -> dict[str, Any]:
+        found = self.plain(inputs, targets)
+        with torch.no_grad():
+            return {name: each(name, Dense(g[None])) for name, g in found.items()}
 
     def _token(self, n: int) -> Tensor:
         """Return a zero of each sample's own, which has a gradient."""
         return next(iter(self.values.values())).new_zeros(n).requires_grad_()
 
     def _recorder(self, copies: Named, token: Tensor, **how: Any) -> Recorder:  # noqa: ANN401  see `Recorder`
-        names = {id(p): name for given in (self.parameters, copies) for name, p in given.items()}
-        return Recorder(names, self.values, token, **how)
+        real = (p for given in (self.parameters, copies) for p in given.items() if not p[1].is_complex())
+        return Recorder({id(p): name for name, p in real}, self.values, token, **how)
 
     def _backward(self, recorder: Recorder, losses: Tensor, token: Tensor, copies: Named) -> tuple[Named, Named]:
         """Run the backward pass; return the gradients of copies and of parameters that were used without a rule."""
@@ -229,35 +215,5 @@ class Passes:
         return {k: g for k, g in by_copies if g is not None}, {k: g for k, g in direct if g is not None}
 
 
-def _itself(name: str, g: PerSample) -> PerSample:
-    return g
-
-
 def _dense(g: Tensor) -> Tensor:
     return g.to_dense() if g.is_sparse else g
-
-
-@contextmanager
-def _going_on(there_is_more: bool = True) -> Iterator[None]:
-    """Go on after the block when it fails, unless that is for want of memory, or there is nothing more to try."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # whatever a model's code may raise
-        if not there_is_more:
-            raise
-
-
-@torch.no_grad()
-def _near(ours: PerParameter, theirs: PerParameter) -> bool:
-    """Return whether the gradients of each sample are the same; one at a time, to bound memory."""
-    like = next(iter(theirs.values())).like
-    share, noise = SAME.get(like.dtype, SAME_ELSEWHERE), NOISE * torch.finfo(like.dtype).eps
-    for i in range(next(iter(theirs.values())).samples):
-        pairs = [[found[name].rows(slice(i, i + 1)) for found in (ours, theirs)] for name in theirs]
-        gaps = torch.stack([(a - b).norm() for a, b in pairs])
-        norms = torch.stack([b.norm() for _, b in pairs])
-        if not bool((gaps <= share * norms + noise * norms.norm()).all()):
-            return False
-    return True

@@ -15,6 +15,14 @@ READ_AT_ONCE = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__
 """What hands values out without an op that a `TorchDispatchMode` sees."""
 
 
+ASKING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+"""Of ops that return a value, or as many numbers as there are of something."""
+
+
+def _indices(args: Any) -> Any:  # noqa: ANN401  of aten's index and index_put
+    return args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else ()
+
+
 class Questions:
     """A context; `asked` tells whether values of a tensor have been asked for in it: by `if x`, `x.item()`, …."""
 
@@ -37,7 +45,8 @@ class _Ops(TorchDispatchMode):
         self.questions = questions
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
-        if torch.Tag.data_dependent_output in func.tags:
+        masked = any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in _indices(args))
+        if masked or ASKING & set(func.tags):
             self.questions.asked = True
         return func(*args, **(kwargs or {}))
 

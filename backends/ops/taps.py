@@ -59,10 +59,17 @@ ALONE = Place(None)
 
 
 class Layout(NamedTuple):
-    """What is known of a pass over the batch: the samples' place at each tap, and how often parameters are used."""
+    """What is known of a pass over the batch.
+
+    Attributes:
+        places: The samples' place at each tap.
+        uses: How often parameters are used.
+        names: Which parameters are used at each tap.
+    """
 
     places: Sequence[Place]
     uses: Mapping[str, int]
+    names: Sequence[tuple[str, ...]]
 
 
 class Uncovered(Exception):
@@ -191,6 +198,8 @@ class Recorder(TorchFunctionMode):
         found: Per-sample gradients by the uses of each parameter, until then.
         wanted: What was wanted.
         places: The samples' place at each tap so far.
+        at: The parameters at each tap so far.
+        seen: Where it is wanted, what went into each tap [N, ...].
         uses: How many uses of each parameter are through.
     """
 
@@ -205,6 +214,8 @@ class Recorder(TorchFunctionMode):
     found: dict[str, list[PerSample]] = field(default_factory=dict)
     wanted: dict[str, Any] = field(default_factory=dict)
     places: list[Place] = field(default_factory=list)
+    at: list[tuple[str, ...]] = field(default_factory=list)
+    seen: list[Tensor] | None = None
     uses: Counter[str] = field(default_factory=Counter)
     forward_is_over: bool = False
 
@@ -256,10 +267,13 @@ class Recorder(TorchFunctionMode):
         y = bound.call(func)
         if self.samples is not None:
             place = self._place(x, y, self.samples)
+            self.at.append(tuple(names.values()))
             if place == SHARED:
                 x, y, place = (*(t.expand(self.samples, *t.shape[1:]) for t in (x, y)), Place(0))
-            seen: Tensor = BatchTap.apply(y, self.token, x, Site(self, RULES[func], bound.arguments, names, place))
-            return seen
+            if self.seen is not None:
+                self.seen.append(place.samples_first(x.detach().clone()))
+            tapped_y: Tensor = BatchTap.apply(y, self.token, x, Site(self, RULES[func], bound.arguments, names, place))
+            return tapped_y
         others = [t for k, t in bound.arguments.items() if isinstance(t, Tensor) and k not in ("input", *ROLES)]
         site = Site(self, RULES[func], bound.arguments, names, None)
         tapped: Tensor = Tap.apply(y, self.token, x, site, *others)

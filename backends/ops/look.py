@@ -1,0 +1,200 @@
+"""Which ways to run both passes are right for a model: each is held against plain autograd on a few samples.
+
+A pass over the batch shall be right for other samples too. So none of the few may change what another one shows; values
+may be asked for, or how many there are of something, only where vmap has answered, which knows whose they are; and at
+each place gradients must have told samples apart.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import combinations
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from backends.base import Named
+from backends.batch import Batch, apply, size, take
+from backends.ops.persample import PerSample
+from backends.ops.questions import Questions
+from backends.ops.taps import Layout
+from backends.probe import some, some_targets
+from backends.running import kept_buffers
+
+if TYPE_CHECKING:
+    from backends.ops.passes import Passes, Way
+
+SPREAD = 4  # samples of the batch that are looked at, from the first to the last
+
+SAME = {torch.bfloat16: 0.1, torch.float16: 0.1, torch.float64: 1e-6}
+"""How far gradients may be apart, relative to their norm, that are the same but for rounding and kinks."""
+
+SAME_ELSEWHERE = 0.01
+
+NOISE = 8
+"""Roundings of the whole gradient that one of a parameter may be apart besides: some are zero but for rounding."""
+
+UNTOUCHED = 64
+"""Roundings by which what a sample shows may change with another sample: matrices may be multiplied in other blocks."""
+
+Sample = tuple[Batch, Tensor]
+
+
+class _Candidate(NamedTuple):
+    """A way that might be right, and what it found for each batch; a pass over the batch has a layout, and may ask."""
+
+    way: "Way"
+    found: list[dict[str, PerSample]]
+    layout: Layout | None = None
+    asks: bool = False
+
+
+def right_ways(passes: "Passes", inputs: Batch, targets: Tensor) -> tuple[list["Way"], bool]:
+    """Return the ways that are right, the cheapest first, and whether the few samples could tell."""
+    few = _few(inputs, targets)
+    plain = passes.one_by_one(with_rules=False)
+    if size(inputs) == 1:
+        right, _ = _judged(passes, few, _run([passes.one_by_one(with_rules=True)], few))
+        return [*(c.way for c in right), plain], True
+    over = [c for apart in (False, True) if (c := _over_the_batch(passes, few, apart)) is not None]
+    right, prints = _judged(passes, few, [*over, *_run([passes.under_vmap(with_rules=True)], few)])
+    others = [c for c in right if c.layout is None]
+    if not others:
+        slower = [passes.under_vmap(with_rules=False), passes.one_by_one(with_rules=True)]
+        others = _judged(passes, few, _run(slower, few))[0]
+    answered = any(c.way.name != plain.name for c in others)  # by vmap
+    over = [c for c in right if c.layout is not None and (answered or not c.asks)]
+    sure = all(_tells_apart(c.layout, prints, size(inputs)) for c in over if c.layout)
+    return [*(c.way for c in over[:1] if sure), *(c.way for c in others), plain], sure
+
+
+def _few(inputs: Batch, targets: Tensor) -> list[Sample]:
+    n = size(inputs)
+    if n > SPREAD:
+        spread = torch.arange(SPREAD, device=targets.device) * (n - 1) // (SPREAD - 1)
+        inputs, targets = apply(lambda t: t[spread.to(t.device)], inputs), targets[spread]
+    return list(zip(some(inputs), some_targets(targets), strict=True))[-2:]
+
+
+def _run(ways: Sequence["Way"], few: Sequence[Sample]) -> list[_Candidate]:
+    found = []
+    for way in ways:
+        with going_on():
+            found.append(_Candidate(way, [way.run(*_copied(batch), itself) for batch in few]))
+    return found
+
+
+def _over_the_batch(passes: "Passes", few: Sequence[Sample], apart: bool) -> _Candidate | None:
+    found = None
+    with going_on(), kept_buffers(passes.model):
+        with Questions() as questions:
+            (first, earlier, _), (second, layout, seen) = (passes.looked_at(*_copied(b), apart=apart) for b in few)
+        if earlier == layout and not _is_touched(passes, few[-1], seen, apart):
+            found = _Candidate(passes.over_the_batch(layout), [first, second], layout, questions.asked)
+    return found
+
+
+def _is_touched(passes: "Passes", batch: Sample, seen: Sequence[Tensor], apart: bool) -> bool:
+    """Return whether samples but the last one show something else at taps once that one is another."""
+    after = None
+    with going_on():  # the other one may be out of bounds
+        _, _, after = passes.looked_at(*_with_another_last(batch), apart=apart)
+    return after is not None and not all(map(_same, seen, after))
+
+
+def _judged(
+    passes: "Passes", few: Sequence[Sample], candidates: Sequence[_Candidate]
+) -> tuple[list[_Candidate], dict[str, list[tuple[float, ...]]]]:
+    """Return the candidates that agree with plain autograd; and, of a model that is not random, fingerprints by name.
+
+    Of a random model nothing can be said: ways that run are right, but none of those over the batch.
+    """
+    first = _sample(few[0], 0)
+    if not _near(passes.plain(*_copied(first)), passes.plain(*_copied(first))):
+        return [c for c in candidates if c.layout is None], {}
+    right = list(candidates)
+    prints: dict[str, list[tuple[float, ...]]] = defaultdict(list)
+    for b, batch in enumerate(few):
+        prints.clear()  # those of the last batch are looked at
+        for i in range(size(batch[0])):
+            truth = passes.plain(*_copied(_sample(batch, i)))
+            right = [c for c in right if _near(_row(c.found[b], i), truth)]
+            for name, g in truth.items():
+                prints[name].append(_fingerprint(g))
+    return right, prints
+
+
+def _sample(batch: Sample, i: int) -> Sample:
+    return take(batch[0], slice(i, i + 1)), batch[1][i : i + 1]
+
+
+def _row(found: dict[str, PerSample], i: int) -> Named:
+    return {name: g.rows(slice(i, i + 1))[0] for name, g in found.items()}
+
+
+@torch.no_grad()
+def _near(ours: Named, theirs: Named) -> bool:
+    """Return whether one sample's gradients are the same."""
+    like = next(iter(theirs.values()))
+    share, noise = SAME.get(like.dtype, SAME_ELSEWHERE), NOISE * torch.finfo(like.dtype).eps
+    if any(ours[name].shape != t.shape for name, t in theirs.items()):
+        return False
+    gaps = torch.stack([(ours[name] - t).norm() for name, t in theirs.items()])
+    norms = torch.stack([t.norm() for t in theirs.values()])
+    return bool((gaps <= share * norms + noise * norms.norm()).all())
+
+
+def _fingerprint(g: Tensor) -> tuple[float, ...]:
+    flat = g.flatten().to(torch.promote_types(g.dtype, torch.float32))
+    return tuple(torch.stack([flat.norm(), flat.sum(), flat[::3].sum()]).tolist())
+
+
+def _tells_apart(layout: Layout, prints: dict[str, list[tuple[float, ...]]], n: int) -> bool:
+    """Return whether at each tap some parameter has a gradient of its own for each sample."""
+    once = min(n, SPREAD)  # a smaller batch is looked at with samples again
+    different = {name: all(a != b for a, b in combinations(p[:once], 2)) for name, p in prints.items()}
+    return all(any(different[name] for name in names) for names in layout.names)
+
+
+def _same(before: Tensor, after: Tensor) -> bool:
+    """Return whether samples but the last one show the same at a tap [N, ...]."""
+    if before.shape != after.shape:
+        return False
+    roundoff = torch.finfo(before.dtype).eps if before.is_floating_point() else 0.0
+    a, b = (t[:-1].flatten(1).to(torch.promote_types(t.dtype, torch.float32)) for t in (before, after))
+    return bool(((a - b).norm(dim=1) <= UNTOUCHED * roundoff * a.norm(dim=1)).all())
+
+
+def _with_another_last(batch: Sample) -> Sample:
+    """Return a batch with another last sample: larger numbers of the other sign, the first sample's tokens."""
+
+    def changed(t: Tensor) -> Tensor:
+        last = t[-1:] * -8 - 1 if t.is_floating_point() else t[:1]
+        return torch.cat([t[:-1], last])
+
+    inputs, targets = _copied(batch)
+    return apply(changed, inputs), targets
+
+
+def _copied(batch: Sample) -> Sample:
+    """Return a copy: a model may change its inputs in place."""
+    inputs, targets = batch
+    return apply(torch.clone, inputs), targets.clone()
+
+
+def itself(name: str, g: PerSample) -> PerSample:
+    """Return what is wanted of a parameter's gradients where they are looked at: all."""
+    return g
+
+
+@contextmanager
+def going_on(there_is_more: bool = True) -> Iterator[None]:
+    """Go on after the block when it fails, unless that is for want of memory, or there is nothing more to try."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever a model's code may raise
+        if not there_is_more:
+            raise

@@ -1,0 +1,225 @@
+"""What a few samples do not show: models that `bookkeeping` has got wrong, each held against the loop."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from backends import get_backend
+from backends.base import Unsupported, own_copy
+from backends.batch import Batch, apply
+from tests.asserts import assert_close
+from tests.cases import DEVICE, Functional, linear
+
+Forward = Callable[..., Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _own_random_state() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield
+
+
+def real(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def at(index: list[tuple[int, ...]], value: float, *shape: int) -> Tensor:
+    """Return numbers of which some are as given."""
+    t = real(*shape)
+    for place in index:
+        t[place] = value
+    return t
+
+
+def squares(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs.flatten(1).sin().sum(1) - targets).square()
+
+
+def model_of(forward: Forward, **parts: nn.Module | nn.Parameter) -> nn.Module:
+    parts = {"a": linear(5, 5), "b": linear(5, 5), **parts}
+    return Functional(forward, **parts).to(DEVICE, torch.float64)
+
+
+def time_first(s: nn.Module, x: Tensor) -> Tensor:
+    return s.b(torch.tanh(s.a(x.transpose(0, 1).flatten(0, 1))).view(x.shape[1], x.shape[0], -1).mean(0))
+
+
+def sorted_by_length(s: nn.Module, x: Tensor, length: Tensor) -> Tensor:
+    order = length.argsort(stable=True, descending=True)
+    return s.b(torch.tanh(s.a(x[order]))[order.argsort()])
+
+
+def number_found(count: Callable[[Tensor], Tensor], s: nn.Module, x: Tensor) -> Tensor:
+    return s.a(x).sin() if len(count(x[:, 0] > 50)) == 0 else s.b(x)
+
+
+def unpadded(s: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
+    return torch.zeros_like(x).index_put((mask,), s.b(torch.tanh(s.a(x[mask]))))
+
+
+def ragged(s: nn.Module, x: Tensor, counts: Tensor) -> Tensor:
+    rows = torch.arange(len(x), device=x.device).repeat_interleave(counts)
+    place = torch.arange(len(rows), device=x.device) - (counts.cumsum(0) - counts)[rows]
+    return torch.zeros_like(x).index_add(0, rows, torch.tanh(s.a(x[rows] * (1 + place)[:, None])))
+
+
+def experts(s: nn.Module, x: Tensor) -> Tensor:
+    """Route each sample to both experts, by rank, as Mixtral does."""
+    chosen, found = torch.stack([x[:, 0] < 0, x[:, 0] >= 0], 1).long(), torch.zeros_like(x)
+    for number, expert in enumerate((s.a, s.b)):
+        rank, token = torch.where((chosen == number).T)
+        found = found.index_add(0, token, expert(x[token]) * (1 + rank)[:, None])
+    return found
+
+
+def mask_token(s: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
+    h = x.clone()
+    h[mask] = s.token
+    return s.a(h).sin()
+
+
+def seeded(s: nn.Module, x: Tensor) -> Tensor:
+    generator = torch.Generator(device=x.device).manual_seed(0)
+    return s.a(x @ torch.randn(5, 5, generator=generator, dtype=x.dtype, device=x.device)) * s.token
+
+
+def checkpointed(s: nn.Module, x: Tensor) -> Tensor:
+    """The recomputed layer keeps its input, which the watched one did not: it may be taken for the one GELU keeps."""
+    return s.b(checkpoint(lambda z: F.gelu(s.a(z)), x, use_reentrant=False))  # type: ignore[no-any-return]
+
+
+def mask(*rows: list[int]) -> Tensor:
+    return torch.tensor(rows).bool()
+
+
+CASES: dict[str, tuple[Forward, Batch]] = {
+    "time first": (time_first, real(6, 3, 5)),
+    "sorted, the first ones are as long": (sorted_by_length, (real(7, 5), torch.tensor([5, 5, 5, 5, 3, 5, 1]))),
+    "how many are nonzero": (partial(number_found, torch.nonzero), at([(5, 0)], 100.0, 6, 5)),
+    "how many are unique": (partial(number_found, lambda t: t.unique()[1:]), at([(5, 0)], 100.0, 6, 5)),
+    "how many are in a mask": (partial(number_found, lambda t: t[t]), at([(5, 0)], 100.0, 6, 5)),
+    "unpadded": (unpadded, (real(6, 3, 5), mask(*[[1, 1, 0]] * 4, [1, 0, 0], [1, 1, 1]))),
+    "ragged": (ragged, (real(6, 5), torch.tensor([2, 2, 2, 2, 1, 3]))),
+    "experts": (experts, at([(i, 0) for i in (0, 1, 2, 3, 5, 7)], 1.0, 8, 5)),
+    "a token put in by a mask": (mask_token, (real(6, 3, 5), mask(*[[0, 1, 0]] * 4, [1, 1, 0], [0, 0, 0]))),
+    "a seed of its own": (seeded, real(6, 5)),
+    "its function": (lambda s, x: y.sin() if (y := s.a(x) * s.token).grad_fn is not None else y * 0, real(6, 5)),
+    "a leaf": (lambda s, x: y * 0 if (y := s.a(x) * s.token).is_leaf else y.sin(), real(6, 5)),
+    "a checkpoint": (checkpointed, real(6, 5)),
+    "a checkpoint, alone": (checkpointed, real(1, 5)),
+}
+
+
+@pytest.mark.parametrize("quantity", ["grads", "norms"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_few_samples_do_not_mislead(name: str, quantity: str) -> None:
+    forward, inputs = CASES[name]
+    model, inputs = model_of(forward, token=nn.Parameter(real(1, 5))), apply(lambda t: t.to(DEVICE), inputs)
+    targets = real(len(inputs if isinstance(inputs, Tensor) else inputs[0])).to(DEVICE)
+    ours, loop = (getattr(get_backend(b), quantity)(model, squares) for b in ("bookkeeping", "naive"))
+    for _ in range(2):
+        assert_close(ours(inputs, targets), loop(inputs, targets))
+
+
+def embedded(s: nn.Module, x: Tensor) -> Tensor:
+    return s.b(torch.tanh(s.e(x.t().flatten())).view(x.shape[1], x.shape[0], -1).mean(0))
+
+
+@pytest.mark.parametrize("what", ["zero head", "equal tokens"])
+def test_what_the_first_batch_cannot_tell_is_asked_again(what: str) -> None:
+    if what == "zero head":
+        model, first, later = model_of(time_first), real(6, 3, 5), real(6, 3, 5) + 1
+        nn.init.zeros_(model.b.weight)
+    else:
+        model, first, later = model_of(embedded, e=nn.Embedding(9, 5)), torch.zeros(6, 3).long(), None
+        later = torch.arange(18).view(6, 3) % 9
+    ours, loop = (get_backend(b).grads(model, squares) for b in ("bookkeeping", "naive"))
+    assert_close(ours(first.to(DEVICE), real(6).to(DEVICE) * 0), loop(first.to(DEVICE), real(6).to(DEVICE) * 0))
+    with torch.no_grad():
+        model.b.weight.add_(real(5, 5).to(DEVICE))
+    assert_close(ours(later.to(DEVICE), real(6).to(DEVICE)), loop(later.to(DEVICE), real(6).to(DEVICE)))
+
+
+def test_samples_without_a_gradient_do_not_mislead() -> None:
+    targets = torch.tensor([-100] * 4 + [0, 1, 4, 2], device=DEVICE)
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets, ignore_index=-100, reduction="none")
+
+    model = model_of(time_first)
+    ours, loop = (get_backend(b).grads(model, loss_fn) for b in ("bookkeeping", "naive"))
+    assert_close(ours(real(8, 3, 5).to(DEVICE), targets), loop(real(8, 3, 5).to(DEVICE), targets))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 4), (3, 4)])
+def test_a_bias_may_be_broadcast(shape: tuple[int, ...]) -> None:
+    model = model_of(lambda s, x: F.linear(x, s.w, s.c), w=nn.Parameter(real(4, 5)), c=nn.Parameter(real(*shape)))
+    for quantity in ("grads", "norms", "clipped_sum"):
+        ours, loop = (getattr(get_backend(b), quantity)(model, squares) for b in ("bookkeeping", "naive"))
+        inputs, targets = real(6, 3, 5).to(DEVICE), real(6).to(DEVICE)
+        assert_close(ours(inputs, targets), loop(inputs, targets))
+
+
+def test_complex_parameters_are_differentiated_by_autograd() -> None:
+    model, inputs = nn.Linear(5, 4, dtype=torch.complex128).to(DEVICE), torch.complex(real(6, 5), real(5, 6).T)
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs.real.sum(1) - targets).square() + outputs.abs().square().sum(1)
+
+    ours, loop = (get_backend(b).grads(model, loss_fn) for b in ("bookkeeping", "naive"))
+    for name, g in loop(inputs.to(DEVICE), real(6).to(DEVICE)).items():
+        assert (ours(inputs.to(DEVICE), real(6).to(DEVICE))[name] - g).norm() < 1e-12 * g.norm()
+
+
+def test_padding_has_no_gradient_even_where_it_is_not_finite() -> None:
+    model = model_of(lambda s, x: s.e(x).square().sum(-1).sqrt(), e=nn.Embedding(7, 4, padding_idx=0))
+    tokens = torch.arange(18, device=DEVICE).view(6, 3) % 6 + 1
+    tokens[4, 2] = 0
+    for quantity in ("grads", "norms"):
+        ours, loop = (getattr(get_backend(b), quantity)(model, squares) for b in ("bookkeeping", "naive"))
+        assert_close(ours(tokens, real(6).to(DEVICE)), loop(tokens, real(6).to(DEVICE)))
+
+
+@pytest.mark.parametrize("n", [6, 16])
+def test_inputs_that_the_model_changes_are_changed_once(n: int) -> None:
+    model = nn.Sequential(nn.SiLU(inplace=True), linear(5, 5)).to(DEVICE, torch.float64)
+    for quantity in ("norms", "clipped_sum"):
+        ours, loop = (getattr(get_backend(b), quantity)(model, squares) for b in ("bookkeeping", "naive"))
+        inputs = real(n, 5).to(DEVICE)
+        assert_close(ours(inputs, real(n).to(DEVICE)), loop(real(n, 5).to(DEVICE), real(n).to(DEVICE)))
+        assert_close(inputs, F.silu(real(n, 5).to(DEVICE)))
+
+
+def test_results_do_not_share_memory() -> None:
+    model = model_of(lambda s, x: x + s.p + s.q, p=nn.Parameter(real(5)), q=nn.Parameter(real(5)))
+    for n in (6, 1):
+        found = get_backend("bookkeeping").grads(model, squares)(real(n, 5).to(DEVICE), real(n).to(DEVICE))
+        found["p"].zero_()
+        assert found["q"].any()
+
+
+def test_what_a_model_keeps_for_itself_outlives_vmap() -> None:
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        if getattr(s, "cache", None) is None or len(s.cache) != len(x):
+            s.cache = torch.ones_like(x)
+        return s.a(x) * s.k + s.cache
+
+    model = model_of(forward, k=nn.Parameter(real(5)))
+    ours, loop = (get_backend(b).grads(model, squares) for b in ("bookkeeping", "naive"))
+    for n in (5, 3, 1):
+        inputs, targets = real(n, 5).to(DEVICE), real(n).to(DEVICE)
+        assert_close(ours(inputs, targets), loop(inputs, targets))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_scripted_module_has_no_copy() -> None:
+    model = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(5, 5), nn.Tanh())), nn.Linear(5, 2))
+    with pytest.raises(Unsupported, match=r"`0` .* is scripted"):
+        own_copy(model)
