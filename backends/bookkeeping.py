@@ -4,11 +4,11 @@ Each op that has parameters leaves a pair: its input a, and the gradient g of it
 norms, clipped sums, variances and inner products are contractions of pairs, and most need no per-sample gradient to be
 made (norms: Goodfellow 2015, https://arxiv.org/abs/1510.01799; clipped sums without a second backward pass: Bu et al.
 2022, https://arxiv.org/abs/2210.00038). How pairs are had is in `ops/taps.py`, how the passes are run in
-`ops/passes.py`; what is known of an op is its rule, in `ops/`. Parameters in ops without a rule are differentiated
-sample by sample in the same backward pass.
+`ops/passes.py`, and how it is known to be right in `ops/look.py`; what is known of an op is its rule, in `ops/`.
+Parameters in ops without a rule are differentiated sample by sample in the same backward pass.
 
-What it cannot do is what `torch.func.vmap` cannot, but for recurrent layers: data-dependent control flow, `.item()`,
-samples that update buffers in place, checkpoints. Random ops draw for each sample, as they do in a batch.
+It cannot be fast where samples must be run one at a time, as for data-dependent control flow, `.item()`, samples that
+update buffers in place, checkpoints. Random ops draw for each sample, as they do in a batch.
 """
 
 from collections.abc import Callable, Mapping

@@ -55,14 +55,14 @@ def right_ways(passes: "Passes", inputs: Batch, targets: Tensor) -> tuple[list["
     few = _few(inputs, targets)
     plain = passes.one_by_one(with_rules=False)
     if size(inputs) == 1:
-        right, _ = _judged(passes, few, _run([passes.one_by_one(with_rules=True)], few))
+        right, _ = _judged(passes, few, _run(passes, [passes.one_by_one(with_rules=True)], few))
         return [*(c.way for c in right), plain], True
     over = [c for apart in (False, True) if (c := _over_the_batch(passes, few, apart)) is not None]
-    right, prints = _judged(passes, few, [*over, *_run([passes.under_vmap(with_rules=True)], few)])
+    right, prints = _judged(passes, few, [*over, *_run(passes, [passes.under_vmap(with_rules=True)], few)])
     others = [c for c in right if c.layout is None]
     if not others:
         slower = [passes.under_vmap(with_rules=False), passes.one_by_one(with_rules=True)]
-        others = _judged(passes, few, _run(slower, few))[0]
+        others = _judged(passes, few, _run(passes, slower, few))[0]
     answered = any(c.way.name != plain.name for c in others)  # by vmap
     over = [c for c in right if c.layout is not None and (answered or not c.asks)]
     sure = all(_tells_apart(c.layout, prints, size(inputs)) for c in over if c.layout)
@@ -77,17 +77,21 @@ def _few(inputs: Batch, targets: Tensor) -> list[Sample]:
     return list(zip(some(inputs), some_targets(targets), strict=True))[-2:]
 
 
-def _run(ways: Sequence["Way"], few: Sequence[Sample]) -> list[_Candidate]:
+def _run(passes: "Passes", ways: Sequence["Way"], few: Sequence[Sample]) -> list[_Candidate]:
+    def ran(way: "Way", batch: Sample) -> dict[str, PerSample]:
+        with kept_buffers(passes.model):
+            return way.run(*_copied(batch), itself)
+
     found = []
     for way in ways:
         with going_on():
-            found.append(_Candidate(way, [way.run(*_copied(batch), itself) for batch in few]))
+            found.append(_Candidate(way, [ran(way, batch) for batch in few]))
     return found
 
 
 def _over_the_batch(passes: "Passes", few: Sequence[Sample], apart: bool) -> _Candidate | None:
     found = None
-    with going_on(), kept_buffers(passes.model):
+    with going_on():
         with Questions() as questions:
             (first, earlier, _), (second, layout, seen) = (passes.looked_at(*_copied(b), apart=apart) for b in few)
         if earlier == layout and not _is_touched(passes, few[-1], seen, apart):

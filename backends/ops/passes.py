@@ -107,7 +107,8 @@ class Passes:
     def looked_at(self, inputs: Batch, targets: Tensor, *, apart: bool) -> tuple[PerParameter, Layout, list[Tensor]]:
         """Return what a pass over the batch finds, the samples' places in it, and what went into each tap [N, ...]."""
         seen: list[Tensor] = []
-        recorder, shared = self._batch_pass(inputs, targets, apart=apart, seen=seen)
+        with kept_buffers(self.model):
+            recorder, shared = self._batch_pass(inputs, targets, apart=apart, seen=seen)
         uses = {name: count for name, count in recorder.uses.items() if name not in shared}
         return recorder.all_wanted(size(inputs)), Layout(recorder.places, uses, recorder.at), seen
 
