@@ -88,7 +88,8 @@ class Bookkeeping(Backend):
         def written(name: str, g: PerSample) -> Tensor:
             return g.grads(partial(memory, name)).contiguous()
 
-        return self._built(model, loss_fn, written, _apart)
+        fn = self._built(model, loss_fn, written, _as_they_are)
+        return lambda inputs, targets: _apart(fn(inputs, targets))
 
     def norms(self, model: nn.Module, loss_fn: LossFn) -> TensorFn:
         """Build ‖g_i‖ from pairs."""

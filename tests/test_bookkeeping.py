@@ -548,7 +548,9 @@ def squares_of_rows(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs - targets).square().sum(1)
 
 
-@pytest.mark.parametrize(("kind", "quantities"), [("tokens", ["norms", "variance"]), ("images", ["clipped_sum"])])
+@pytest.mark.parametrize(
+    ("kind", "quantities"), [("tokens", ["norms", "variance"]), ("images", ["grads", "clipped_sum"])]
+)
 def test_compiled_is_the_same_and_sees_later_steps(kind: str, quantities: list[str]) -> None:
     model, inputs, targets = net(kind)
     ours = {q: getattr(get_backend("bookkeeping", compile=True), q)(model, squares_of_rows) for q in quantities}
