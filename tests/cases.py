@@ -36,6 +36,11 @@ class Case:
     may_refuse: bool = True
 
 
+def real(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE)
+
+
 def squares(outputs: Tensor, targets: Tensor) -> Tensor:
     """Return Σ (output − target)² of each sample [N]."""
     return (outputs.flatten(1) - targets[:, None]).square().sum(1)

@@ -76,3 +76,11 @@ def _untouched_random_state() -> Any:
     changed = not torch.equal(torch.get_rng_state(), before)
     torch.set_rng_state(before)
     assert not changed, "the global random state was changed"
+
+
+@pytest.fixture
+def own_random_state() -> Iterator[None]:
+    """Let a test draw from the global random state: from seed 0, and from a state of its own."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield

@@ -1,6 +1,6 @@
 """What a few samples do not show: models that `bookkeeping` has got wrong, each held against the loop."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -14,21 +14,12 @@ from backends.base import Unsupported, own_copy
 from backends.batch import Batch, apply
 from backends.ops.choice import CHOSEN
 from tests.asserts import assert_close
-from tests.cases import DEVICE, Functional, linear
+from tests.cases import DEVICE, Functional, linear, real
 
 Forward = Callable[..., Tensor]
 
 
-@pytest.fixture(autouse=True)
-def _own_random_state() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        yield
-
-
-def real(*shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(sum(shape))
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
+pytestmark = pytest.mark.usefixtures("own_random_state")
 
 
 def at(index: list[tuple[int, ...]], value: float, *shape: int) -> Tensor:

@@ -29,7 +29,8 @@ from backends.base import LossFn, Named, trainable
 from backends.batch import Batch, apply, call, signature, size, take
 from backends.ops.choice import CHOSEN
 from backends.ops.look import going_on, itself, right_ways
-from backends.ops.persample import Dense, PerSample, Stacked
+from backends.ops.persample import Dense, PerSample
+from backends.ops.several import Stacked
 from backends.ops.taps import Each, Layout, Recorder, Uncovered
 from backends.running import kept_attributes, kept_buffers, kept_random_state
 

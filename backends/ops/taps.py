@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from backends.base import Named
-from backends.ops.persample import PerSample, added
+from backends.ops.persample import PerSample
 from backends.ops.rules import OVER_THE_BATCH, ROLES, RULES, UNDER_VMAP, Bound, Op, Rule
+from backends.ops.several import added
 
 Each: TypeAlias = Callable[[str, PerSample], Any]
 """(a parameter's name, its per-sample gradients) -> what is wanted of them."""

@@ -1,0 +1,87 @@
+"""A batch in parts."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from backends import get_backend
+from backends.batch import Batch
+from backends.ops.choice import CHOSEN
+from backends.ops.parts import InParts
+from tests.asserts import assert_close
+from tests.cases import DEVICE, linear, real, squares
+
+pytestmark = pytest.mark.usefixtures("own_random_state")
+
+
+@pytest.mark.parametrize("quantity", ["norms", "clipped_sum"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_batch_in_parts_has_the_same_result(
+    quantity: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(linear(5, 5), nn.Tanh(), linear(5, 5)).to(DEVICE, dtype)
+    inputs, targets = real(17, 5).to(dtype), real(17).to(dtype)
+    found = []
+    for parts in (1, 2):
+        monkeypatch.setattr(InParts, "_seconds", lambda self, counts, *batch, parts=parts: {1: parts, 2: 1.5, 4: 2})
+        found.append(getattr(get_backend("bookkeeping"), quantity)(model, squares)(inputs, targets))
+        assert CHOSEN[f"{quantity} of Sequential of 17 samples"] == ("all at once" if parts == 1 else "in 2 parts")
+    once, twice = ({"": t} if isinstance(t, Tensor) else t for t in found)
+    for name, t in once.items():
+        assert twice[name].dtype == t.dtype
+        assert (twice[name] - t).norm() <= 4 * torch.finfo(dtype).eps * t.norm(), name
+
+
+@pytest.mark.parametrize(
+    ("seconds", "best"), [((9, 5, 4, 5), 4), ((9, 9.1, 4, 3), 4 * 2), ((9, 10, 1, 1), 1), ((9, 8, 7, 6), 8)]
+)
+def test_parts_double_for_as_long_as_that_takes_no_longer(
+    seconds: tuple[float, ...], best: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = dict(zip((1, 2, 4, 8), seconds, strict=True))
+    monkeypatch.setattr(InParts, "_seconds", lambda self, counts, *batch: {count: of[count] for count in counts})
+    seen: list[int] = []
+
+    def run(inputs: Batch, targets: Tensor) -> Tensor:
+        seen.append(len(targets))
+        return targets * 2
+
+    parts = InParts(run, torch.cat, "doubling")
+    parts.choose(real(67, 5), real(67))
+    assert_close(parts(real(67, 5), real(67)), real(67) * 2)
+    assert (len(seen), sum(seen)) == (best, 67)
+    assert max(seen) - min(seen) <= 1
+
+
+def test_a_batch_that_is_too_large_for_memory_is_run_in_parts() -> None:
+    def run(inputs: Batch, targets: Tensor) -> Tensor:
+        if len(targets) > 20:
+            raise torch.OutOfMemoryError
+        return targets * 2
+
+    parts = InParts(run, torch.cat, "doubling")
+    parts.choose(real(67, 5), real(67))
+    assert_close(parts(real(67, 5), real(67)), real(67) * 2)
+
+
+def test_small_batches_and_other_forms_are_not_divided() -> None:
+    parts = InParts(lambda inputs, targets: targets, torch.cat, "nothing")
+    assert parts.knows(real(15, 5), real(15))
+    assert not parts.knows(real(16, 5), real(16))
+    parts.choose(real(16, 5), real(16))
+    assert parts.knows(real(16, 5), real(16))
+    assert not parts.knows(real(16, 6), real(16))
+
+
+@pytest.mark.parametrize("quantity", ["norms", "clipped_sum"])
+def test_random_ops_go_on_from_part_to_part_and_a_first_call_draws_as_later_ones_do(quantity: str) -> None:
+    model = nn.Sequential(linear(5, 64), nn.Dropout(), linear(64, 5)).to(DEVICE, torch.float64)
+    fn = getattr(get_backend("bookkeeping"), quantity)(model, squares)
+    inputs, targets = real(1, 5).expand(32, 5).clone(), real(1).expand(32).clone()
+    first, second = fn(inputs, targets), fn(inputs, targets)
+    if quantity == "norms":
+        assert_close(first, second)
+        assert len(first.unique()) == 32, "samples have masks of their own"
+    else:
+        for name, t in first.items():
+            assert_close(second[name], t)

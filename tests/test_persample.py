@@ -1,0 +1,87 @@
+"""Every form that per-sample gradients are held in, against its own rows."""
+
+import pytest
+import torch
+
+from backends import get_backend
+from backends.ops import persample
+from backends.ops.choice import CHOSEN
+from backends.ops.conv import Correlation, by_patches, by_places, grouped
+from backends.ops.linear import Scattered
+from backends.ops.persample import Dense, Outer, PerSample
+from backends.ops.several import added
+from tests.asserts import assert_close
+from tests.cases import DEVICE, N, real
+
+pytestmark = pytest.mark.usefixtures("own_random_state")
+
+
+def forms() -> dict[str, PerSample]:
+    """Return one of each form; the table has a row that a sample takes twice, and one that none takes."""
+    conv = {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 2)}
+    return {
+        "dense": Dense(real(N, 4, 5)),
+        "dense, a scalar parameter": Dense(real(N)),
+        "outer, one vector": Outer(real(N, 1, 4), real(N, 1, 5)),
+        "outer, few vectors": Outer(real(N, 2, 40), real(N, 2, 50)),
+        "outer, many vectors": Outer(real(N, 30, 4), real(N, 30, 5)),
+        "table": Scattered(torch.tensor([[0, 1, 1], [2, 0, 3], [3, 3, 3]], device=DEVICE), real(N, 3, 5), 6),
+        "convolution": Correlation(real(N, 2, 4, 9, 8), real(N, 2, 6, 5, 4), (6, 4, 3, 3), **conv, groups=1),
+        "convolution, small images": Correlation(
+            real(N, 1, 4, 9, 8), real(N, 1, 99, 5, 4), (99, 4, 3, 3), **conv, groups=1
+        ),
+        "convolution, groups": Correlation(real(N, 1, 4, 9, 8), real(N, 1, 6, 5, 4), (6, 2, 3, 3), **conv, groups=2),
+        "sum": added([Dense(real(N, 4, 5)), Outer(real(N, 2, 4), real(N, 2, 5))], N, real(4, 5)),
+        "sum of products": added([Outer(real(N, t, 4), real(N, t, 5)) for t in (2, 3)], N, real(4, 5)),
+        "sum of nothing": added([], N, real(4, 5)),
+    }
+
+
+@pytest.mark.parametrize("at_a_time", [2**22, 1], ids=["all at once", "one at a time"])
+@pytest.mark.parametrize("name", forms())
+def test_every_form_agrees_with_its_own_rows(name: str, at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(persample.AT_A_TIME, DEVICE.type, at_a_time)
+    form, factors = forms()[name], real(N)
+    rows = form.rows(slice(None))
+    flat = rows.reshape(N, -1)
+    assert rows.shape == (N, *form.shape)
+    assert_close(form.grads(lambda shape, like: like.new_empty(shape)), rows)
+    assert_close(form.rows(slice(1, 2)), rows[1:2])
+    assert_close(form.compact().rows(slice(None)), rows)
+    assert_close(form.squares(), flat.square().sum(1))
+    assert_close(form.weighted(factors), (factors @ flat).view(form.shape))
+    assert_close(form.variance(), rows.var(0, correction=0))
+    assert_close(form.gram(), flat @ flat.T)
+
+
+@pytest.mark.parametrize("name", [name for name in forms() if "convolution" in name and "groups" not in name])
+def test_both_ways_of_a_convolution_agree(name: str) -> None:
+    form = forms()[name]
+    assert isinstance(form, Correlation)
+    assert_close(by_patches(form), grouped(form))
+    form.rows(slice(None))
+    choices = get_backend("bookkeeping", chunk_size=2).choices()
+    assert choices[f"{form.geometry()}, float64, {DEVICE.type}, 2 samples or more"] in ("by_patches", "grouped")
+
+
+@pytest.mark.parametrize("kernel", [(3,), (2, 3), (1, 3, 2)])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_a_product_for_each_place_of_the_kernel_agrees(kernel: tuple[int, ...], dilation: int) -> None:
+    sizes, padding = (7, 6, 8)[: len(kernel)], (1, 0, 2)[: len(kernel)]
+    options = {"stride": (1,) * len(kernel), "padding": padding, "dilation": (dilation,) * len(kernel), "groups": 1}
+    out = [s + 2 * p - dilation * (k - 1) for s, p, k in zip(sizes, padding, kernel, strict=True)]
+    form = Correlation(real(N, 1, 4, *sizes), real(N, 1, 5, *out), (5, 4, *kernel), **options)
+    assert_close(by_places(form), grouped(form))
+    assert set(CHOSEN.values()) <= {"by_patches", "by_places", "grouped", "over the batch", "under vmap"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mean", [0.0, 30.0], ids=["plain", "cancels"])
+def test_squares_of_products_are_as_precise_as_their_dtype(dtype: torch.dtype, mean: float) -> None:
+    """Inputs that are nearly constant, and gradients of sum zero: the Gram form alone would lose all digits."""
+    left = real(N, 16, 300)
+    pair = Outer((left - left.mean(1, keepdim=True)).to(dtype), (real(N, 16, 310) + mean).to(dtype))
+    exact = Outer(pair.left.double(), pair.right.double()).squares()
+    gap = (pair.squares().double() - exact).abs() / exact
+    assert pair.squares_by_gram().min() > 0
+    assert gap.max() < 8 * torch.finfo(dtype).eps
