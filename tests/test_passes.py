@@ -156,7 +156,7 @@ def checkpointed(s: nn.Module, x: Tensor, reentrant: bool) -> Tensor:
 
 
 def by_any_value(s: nn.Module, x: Tensor) -> Tensor:
-    """Go another way where any sample says so; of the test's batch, only the last one does."""
+    """Go another way where any sample says so; of the test's batch, only the third one does."""
     return s.a(x).sin() if bool((x.detach()[:, 0] < LATE).all()) else s.b(x)
 
 
@@ -176,7 +176,7 @@ WAYS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], str]] = {
     "a function without a rule for vmap": (lambda s, x: Doubled.apply(s.a(x)), "over the batch"),
     "samples in another order": (lambda s, x: s.a(x.flip(0)).sin().flip(0), "under vmap"),
     "control flow by values": (by_its_values, "one by one"),
-    "control flow by values of a late sample": (by_any_value, "one by one"),
+    "control flow by values of another sample": (by_any_value, "one by one"),
     "control flow by values read as a list": (by_a_list, "one by one"),
     "control flow by a value that samples share": (by_a_buffer, "over the batch"),
     "a parameter used out of sight": (out_of_sight, "one by one"),
@@ -192,7 +192,7 @@ def test_passes_are_run_the_cheapest_way_that_is_right(name: str) -> None:
     model.kept = [model.a.weight] if name != "a parameter used out of sight" else [model.a.bias]
     model.register_buffer("limit", torch.ones((), device=DEVICE))
     inputs, targets = real(6, 5), real(6)
-    inputs[-1, 0] = 2 * LATE
+    inputs[2, 0] = 2 * LATE  # a sample that is not looked at
     for quantity in QUANTITIES:
         ours, loop = (getattr(get_backend(b), quantity)(model, squares) for b in ("bookkeeping", "naive"))
         assert_close(ours(inputs, targets), loop(inputs, targets))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from backends.base import Named
-from backends.batch import Batch, apply, size, take
+from backends.batch import Batch, apply, size, take, tensors
 from backends.ops.persample import PerSample
 from backends.ops.questions import Questions
 from backends.ops.taps import Layout
@@ -57,7 +57,7 @@ def right_ways(passes: "Passes", inputs: Batch, targets: Tensor) -> tuple[list["
     if size(inputs) == 1:
         right, _ = _judged(passes, few, _run(passes, [passes.one_by_one(with_rules=True)], few))
         return [*(c.way for c in right), plain], True
-    over = [c for apart in (False, True) if (c := _over_the_batch(passes, few, apart)) is not None]
+    over = [c for apart in (False, True) if (c := _over_the_batch(passes, few, inputs, apart)) is not None]
     right, prints = _judged(passes, few, [*over, *_run(passes, [passes.under_vmap(with_rules=True)], few)])
     others = [c for c in right if c.layout is None]
     if not others:
@@ -89,22 +89,23 @@ def _run(passes: "Passes", ways: Sequence["Way"], few: Sequence[Sample]) -> list
     return found
 
 
-def _over_the_batch(passes: "Passes", few: Sequence[Sample], apart: bool) -> _Candidate | None:
+def _over_the_batch(passes: "Passes", few: Sequence[Sample], inputs: Batch, apart: bool) -> _Candidate | None:
     found = None
     with going_on():
         with Questions() as questions:
             (first, earlier, _), (second, layout, seen) = (passes.looked_at(*_copied(b), apart=apart) for b in few)
-        if earlier == layout and not _is_touched(passes, few[-1], seen, apart):
+        others = (_with_another(few[-1], place, inputs) for place in (0, -1))  # sorting may leave one end as it is
+        if earlier == layout and not any(_is_touched(passes, other, seen, apart) for other in others):
             found = _Candidate(passes.over_the_batch(layout), [first, second], layout, questions.asked)
     return found
 
 
-def _is_touched(passes: "Passes", batch: Sample, seen: Sequence[Tensor], apart: bool) -> bool:
-    """Return whether samples but the last one show something else at taps once that one is another."""
-    after = None
+def _is_touched(passes: "Passes", other: tuple[Sample, Tensor], seen: Sequence[Tensor], apart: bool) -> bool:
+    """Return whether samples show something else at taps once another one of them is another."""
+    (batch, kept), after = other, None
     with going_on():  # the other one may be out of bounds
-        _, _, after = passes.looked_at(*_with_another_last(batch), apart=apart)
-    return after is not None and not all(map(_same, seen, after))
+        _, _, after = passes.looked_at(*batch, apart=apart)
+    return after is not None and not all(_same(a, b, kept) for a, b in zip(seen, after, strict=True))
 
 
 def _judged(
@@ -161,25 +162,35 @@ def _tells_apart(layout: Layout, prints: dict[str, list[tuple[float, ...]]], n: 
     return all(any(different[name] for name in names) for names in layout.names)
 
 
-def _same(before: Tensor, after: Tensor) -> bool:
-    """Return whether samples but the last one show the same at a tap [N, ...]."""
+def _same(before: Tensor, after: Tensor, kept: Tensor) -> bool:
+    """Return whether the kept samples show the same at a tap [N, ...]."""
     if before.shape != after.shape:
         return False
     roundoff = torch.finfo(before.dtype).eps if before.is_floating_point() else 0.0
     wide = torch.promote_types(before.dtype, torch.float32)
-    a, b = (t[:-1].flatten(1).to(wide).nan_to_num() for t in (before, after))
+    a, b = (t[kept].flatten(1).to(wide).nan_to_num() for t in (before, after))
     return bool(((a - b).norm(dim=1) <= UNTOUCHED * roundoff * a.norm(dim=1)).all())
 
 
-def _with_another_last(batch: Sample) -> Sample:
-    """Return a batch with another last sample: larger numbers of the other sign, the first sample's tokens."""
+def _with_another(batch: Sample, place: int, inputs: Batch) -> tuple[Sample, Tensor]:
+    """Return a batch with another sample in a place, and which [N] are as they were.
 
-    def changed(t: Tensor) -> Tensor:
-        last = t[-1:] * -8 - 1 if t.is_floating_point() else t[:1]
-        return torch.cat([t[:-1], last])
+    It has larger numbers, of the other sign; and tokens, lengths and masks of a sample of the whole batch that differs.
+    """
 
-    inputs, targets = _copied(batch)
-    return apply(changed, inputs), targets
+    def changed(t: Tensor, whole: Tensor) -> Tensor:
+        t = t.clone()
+        if t.is_floating_point():
+            t[place] = t[place] * -8 - 1
+        else:
+            t[place] = whole[(whole != t[place]).reshape(len(whole), -1).any(1).int().argmax()]
+        return t
+
+    few, targets = batch
+    kept = torch.ones(len(targets), dtype=torch.bool, device=targets.device)
+    kept[place] = False
+    changes = iter(tensors(inputs))
+    return (apply(lambda t: changed(t, next(changes)), few), targets.clone()), kept
 
 
 def _copied(batch: Sample) -> Sample:
