@@ -28,8 +28,12 @@ def kept_buffers(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def kept_attributes(model: nn.Module) -> Iterator[None]:
-    """Give the model's modules back the attributes they had, at the end; what the attributes hold is not looked at."""
-    before = [(vars(module), dict(vars(module))) for module in _modules(model)]
+    """Give the model's modules back the attributes, parameters and buffers they had, at the end; values are not kept.
+
+    `functional_call` leaves its own in a module that has two names.
+    """
+    found = [d for m in _modules(model) for d in (vars(m), m._parameters, m._buffers)]
+    before = [(d, dict(d)) for d in found]
     try:
         yield
     finally:

@@ -239,6 +239,27 @@ def test_what_a_model_keeps_for_itself_outlives_vmap() -> None:
         assert_close(ours(inputs, targets), loop(inputs, targets))
 
 
+@pytest.mark.parametrize("shape", [(5,), (1, 5)])
+def test_a_module_may_have_two_names(shape: tuple[int, ...]) -> None:
+    """`functional_call` does not give such a module its own parameters back."""
+
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = nn.Parameter(real(*shape))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.factor
+
+    scale = Scale()
+    model = model_of(lambda s, x: s.q(s.a(s.p(x)).tanh()), p=scale, q=scale)
+    for quantity in ("grads", "norms"):
+        ours, loop = (getattr(get_backend(b), quantity)(model, squares) for b in ("bookkeeping", "naive"))
+        for n in (6, 1, 4):
+            inputs, targets = real(n, 5).to(DEVICE), real(n).to(DEVICE)
+            assert_close(ours(inputs, targets), loop(inputs, targets))
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_a_scripted_module_has_no_copy() -> None:
     model = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(5, 5), nn.Tanh())), nn.Linear(5, 2))

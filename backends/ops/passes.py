@@ -17,6 +17,7 @@ a time, as by a loop; pairs are kept all the same.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
@@ -138,7 +139,7 @@ class Passes:
         token = self._token(n)
         recorder = self._recorder(copies, token, samples=n, **how)
         model = (lambda *a, **k: functional_call(self.model, copies, a, k)) if copies else self.model
-        with recorder:
+        with kept_attributes(self.model) if copies else nullcontext(), recorder:
             losses = self.loss_fn(call(model, inputs), targets)
         if losses.shape != (n,):
             raise Uncovered
