@@ -35,6 +35,7 @@ from backends.base import (
 )
 from backends.batch import Batch
 from backends.derived import wide
+from backends.heap import keep_freed
 from backends.ops.choice import CHOSEN, kernels
 from backends.ops.pages import Pool, release
 from backends.ops.parts import InParts
@@ -139,6 +140,7 @@ class Bookkeeping(Backend):
         """
         if self.triton:
             _refuse_without_triton(model)
+        keep_freed()
         original, model = model, own_copy(model)
         passes = Passes(model, loss_fn)
         dtypes = {name: p.dtype for name, p in trainable(model).items()}

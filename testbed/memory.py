@@ -1,6 +1,5 @@
 """Peak memory of one call, in a pass of its own."""
 
-import ctypes
 import gc
 import sys
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 
+from backends.heap import give_back
 from testbed.timing import synchronise
 
 
@@ -34,7 +34,7 @@ def peak(function: Callable[[], object], device: torch.device) -> dict[str, Any]
         return {"peak_bytes": allocated, "allocated_bytes": allocated, "reserved_bytes": reserved}
     if sys.platform != "linux":
         return {"peak_bytes": None}  # only Linux can reset the high-water mark
-    _give_back()
+    give_back()  # else the next call's pages would not count as growth
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark of the resident set
     except OSError:
@@ -43,14 +43,6 @@ def peak(function: Callable[[], object], device: torch.device) -> dict[str, Any]
     function()
     grown = max(0, _status("VmHWM") - start)
     return {"peak_bytes": grown, "resident_bytes": grown}
-
-
-def _give_back() -> None:
-    """Let the allocator return freed memory, so that the next call's pages count as growth."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):
-        return  # not glibc: freed memory that stays resident makes the growth look smaller
 
 
 def _status(key: str) -> int:

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from backends import backend_class, get_backend, reference
 from backends.base import Backend, Unsupported, first_line, own_copy, trainable
 from backends.batch import Batch, apply, call, tensors
+from backends.heap import keep_freed
 from testbed import memory, timing
 from testbed.agreement import Rule, as_rows, norms
 from testbed.cell import Cell
@@ -53,6 +54,7 @@ class Worker:
         rule: Rule,
         store: Store | None = None,
     ) -> None:
+        keep_freed()  # else it is luck which calls pay for fresh memory
         self.problem, self.quantity, self.options, self.rule = problem, quantity, dict(quantity_options), rule
         self.referee = Referee(problem, quantity, quantity_options, rule, store=store)
         self._under_autocast: dict[str, Referee] = {}

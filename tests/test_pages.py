@@ -6,25 +6,26 @@ import pytest
 import torch
 
 from backends import backend_class
-from backends.ops.pages import LARGE, Pool
+from backends.heap import LARGEST
+from backends.ops.pages import Pool
 
 pytestmark = pytest.mark.usefixtures("own_random_state")
 
 
 def test_memory_is_given_out_again_once_nobody_holds_it() -> None:
     pool, like = Pool(), torch.zeros(0, dtype=torch.bfloat16)
-    first = pool.empty((3, LARGE), like)
+    first = pool.empty((3, LARGEST), like)
     place, part = first.data_ptr(), first[1]
-    assert (first.shape, first.dtype) == ((3, LARGE), torch.bfloat16)
+    assert (first.shape, first.dtype) == ((3, LARGEST), torch.bfloat16)
     del first
-    assert pool.empty((3, LARGE), like).data_ptr() != place, "a part of it is held"
+    assert pool.empty((3, LARGEST), like).data_ptr() != place, "a part of it is held"
     del part
-    assert pool.empty((3, LARGE), like).data_ptr() == place
+    assert pool.empty((3, LARGEST), like).data_ptr() == place
 
 
 def test_memory_that_is_kept_for_results_is_given_back_when_asked() -> None:
     pool, like = Pool(), torch.zeros(0)
-    blocks = [weakref.ref(pool.empty((LARGE,), like)), weakref.ref(pool.same("w", (LARGE,), like))]
+    blocks = [weakref.ref(pool.empty((LARGEST,), like)), weakref.ref(pool.same("w", (LARGEST,), like))]
     assert blocks[1]() is not None
     backend_class("bookkeeping").release()
     assert [block() for block in blocks] == [None, None]
@@ -32,5 +33,5 @@ def test_memory_that_is_kept_for_results_is_given_back_when_asked() -> None:
 
 
 def test_memory_outlives_its_pool() -> None:
-    block = Pool().empty((LARGE,), torch.zeros(0))
-    assert block.fill_(1).sum() == LARGE
+    block = Pool().empty((LARGEST,), torch.zeros(0))
+    assert block.fill_(1).sum() == LARGEST

@@ -1,5 +1,6 @@
 """Memory for large results on a CPU, where most of the time of writing into fresh memory goes into its pages.
 
+Smaller ones come from what the process has freed (`backends/heap.py`).
 A result's memory is given out again once nobody holds the result, as CUDA's allocator does by itself; the tutorial's
 gradients then take half the time. Huge pages would do as well, but on fragmented memory the kernel makes room for them
 first, which takes longer than everything else.
@@ -14,9 +15,9 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from backends.heap import LARGEST, give_back
 from backends.ops.choice import capturing
 
-LARGE = 2**18  # bytes; below, the allocator gives memory again that it has had before, above it may take it fresh
 OURS = 3  # references to a block that nobody holds: the pool's, the loop's, and that of `getrefcount` itself
 
 
@@ -45,7 +46,7 @@ class Pool:
     def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Return memory that nobody else holds, of the dtype and on the device of `like`; its values are arbitrary."""
         size = prod(shape) * like.element_size()
-        if like.device.type != "cpu" or size < LARGE or capturing(like):
+        if like.device.type != "cpu" or size <= LARGEST or capturing(like):
             return like.new_empty(shape)
         return torch.frombuffer(self._block(size), dtype=like.dtype).view(shape)
 
@@ -64,3 +65,4 @@ def release() -> None:
     """Give back what pools keep for results to come."""
     for pool in _POOLS:
         pool.forget()
+    give_back()

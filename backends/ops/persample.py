@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from backends.derived import Moments, default_bytes, rows_of, slices, squares_of, weighted_sum, wide
+from backends.heap import LARGEST
 from backends.ops.choice import capturing, fastest, with_kernels
-from backends.ops.pages import LARGE
 
 AT_A_TIME = {"cpu": 2**21}
 """Bytes of gradients made at a time where they are not the result: on a CPU they stay in its cache."""
@@ -61,7 +61,7 @@ class PerSample(ABC):
 
     def grads(self, empty: Empty) -> Tensor:
         """Return all of g_i [N, *shape]; if they are large, in memory from `empty`."""
-        if self.like.device.type != "cpu" or self.bytes() < LARGE:
+        if self.like.device.type != "cpu" or self.bytes() <= LARGEST:
             return self.rows(slice(None))
         out = empty((self.samples, *self.shape), self.like)
         for some in self.parts():
