@@ -182,9 +182,13 @@ def squares_of(grads: Tensor) -> Tensor:
     """
     rows, dtype = rows_of(grads), wide(grads.dtype)
     whole = rows.shape[1] // BLOCK * BLOCK if rows.device.type == "cpu" else 0
-    blocks = rows[:, :whole].unflatten(1, (-1, BLOCK)) if whole else rows[:, None]
-    squares: Tensor = torch.linalg.vector_norm(blocks, dim=2, dtype=dtype).square_().sum(1)
-    if whole and whole < rows.shape[1]:
+    squares: Tensor
+    if not whole:
+        squares = torch.linalg.vector_norm(rows, dim=1, dtype=dtype).square_()
+        return squares
+    blocks = rows[:, :whole].unflatten(1, (-1, BLOCK))
+    squares = torch.linalg.vector_norm(blocks, dim=2, dtype=dtype).square_().sum(1)
+    if whole < rows.shape[1]:
         squares += torch.linalg.vector_norm(rows[:, whole:], dim=1, dtype=dtype).square_()
     return squares
 

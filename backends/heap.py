@@ -12,11 +12,12 @@ LARGEST = 2**25
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
 
-_KEPT = 2**30  # bytes
+_KEPT = 2 * LARGEST
+"""As much as glibc keeps once it has freed a block of the largest size. If it were more, even larger ones might fit."""
 
 
 def keep_freed() -> None:
-    """Let the process keep up to 1 GiB of what it frees, as CUDA's allocator does; see mallopt(3)."""
+    """Let the process keep up to 64 MiB of what it frees, for blocks of up to 32 MiB; see mallopt(3)."""
     with suppress(AttributeError, OSError):  # not glibc
         libc = ctypes.CDLL(None)
         libc.mallopt(_MMAP_THRESHOLD, LARGEST)

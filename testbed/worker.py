@@ -30,6 +30,7 @@ from testbed.processes.store import Store
 from testbed.referee import Referee
 
 ORDINARY = "ordinary step"
+QUIET = 0.01  # seconds before a call on a CPU: threads of the process that has just been timed go on spinning
 SHORT = 0.01  # seconds; a shorter call has an untimed one before it, or waking up is measured (2× at 100 µs)
 Fn = Callable[[Batch, Tensor], Any]
 T = TypeVar("T")
@@ -104,6 +105,8 @@ class Worker:
         fn, before = self.functions[name], COMPILATIONS.now()
         try:
             with listening():
+                if self.problem.device.type == "cpu":
+                    time.sleep(QUIET)
                 if self.seconds.get(name, 0.0) < SHORT:
                     fn(*self.timed)
                 sample = timing.time_once(lambda: fn(*self.timed), self.problem.device)

@@ -51,7 +51,7 @@ class Correlation(PerSample):
         self.samples, self.like = len(self.y), self.y
 
     def rows(self, some: slice) -> Tensor:  # noqa: D102
-        of = replace(self, x=self.x[some], y=self.y[some])
+        of = self.only(some)
         parts = at_a_time(of.samples, of.held() // (IMAGES * max(1, of.samples)), of.like)
         if len(parts) == 1:
             ways = {way.__name__: partial(way, of) for way in self.ways()}
@@ -60,6 +60,12 @@ class Correlation(PerSample):
         for part in parts:
             rows[part] = of.rows(part)
         return rows
+
+    def only(self, some: slice) -> "Correlation":
+        """Return those of some samples."""
+        if len(range(self.samples)[some]) == self.samples:
+            return self
+        return replace(self, x=self.x[some], y=self.y[some])
 
     def ways(self) -> list[Callable[["Correlation"], Tensor]]:
         """Return the ways to its gradients that there are."""
@@ -101,7 +107,7 @@ class Correlation(PerSample):
         """Return ‖g_i‖² [N] by the Gram form of patches, some samples at a time."""
         numbers = self.y.shape[1] * prod(self.y.shape[3:]) * (self.shape[0] + prod(self.shape[1:]))
         parts = at_a_time(self.samples, numbers * WIDER[self.like.dtype].itemsize, self.like)
-        return torch.cat([replace(self, x=self.x[i], y=self.y[i]).patches().squares_by_gram() for i in parts])
+        return torch.cat([self.only(i).patches().squares_by_gram() for i in parts])
 
     def weighted(self, factors: Tensor, empty: Empty = fresh) -> Tensor:  # noqa: D102
         y = self.y * factors.to(self.y.dtype).view(-1, *[1] * (self.y.dim() - 1))
@@ -117,7 +123,9 @@ class Correlation(PerSample):
     def patches(self) -> Outer:
         """Return the same as gradients of a matrix [P, C·kernel] that each patch of x went through; one group only."""
         n, b, p, *size = self.y.shape
-        x = F.pad(self.x.flatten(0, 1), [side for pad in reversed(self.padding) for side in (pad, pad)])
+        x = self.x.flatten(0, 1)
+        if any(self.padding):
+            x = F.pad(x, [side for pad in reversed(self.padding) for side in (pad, pad)])
         image, channel, *pixel = x.stride()
         along = [s * d for s, d in zip(pixel, self.dilation, strict=True)]
         across = [s * d for s, d in zip(pixel, self.stride, strict=True)]
@@ -140,7 +148,7 @@ def by_patches(of: Correlation) -> Tensor:
     patches = prod(of.y.shape[3:]) * of.y.shape[1] * prod(of.shape[1:])  # numbers a sample
     out = of.y.new_empty(of.samples, of.shape[0], prod(of.shape[1:]))
     for some in at_a_time(of.samples, patches * of.like.element_size(), of.like):
-        pair = replace(of, x=of.x[some], y=of.y[some]).patches()
+        pair = of.only(some).patches()
         outer(pair.left, pair.right, out=out[some])
     return out.view(-1, *of.shape)
 

@@ -111,9 +111,12 @@ class Site:
             raise Uncovered
         if self._versions() != self.versions:
             raise RuntimeError("what went into an op has been modified by an inplace operation")
-        self.arguments["input"] = self.arguments["input"].to(self.dtype)
+        x = self.arguments["input"]
+        if x.dtype != self.dtype:
+            x = x.to(self.dtype)
         if self.place is not None:
-            g, self.arguments["input"] = map(self.place.samples_first, (g, self.arguments["input"]))
+            g, x = self.place.samples_first(g), self.place.samples_first(x)
+        self.arguments["input"] = x
         pieces = self.rule.gradients(g, **self.arguments)
         self.arguments.clear()
         for role, name in self.names.items():
