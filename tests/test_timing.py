@@ -4,8 +4,11 @@ import random
 
 import pytest
 import torch
+from torch import nn
 
-from testbed import memory, timing
+from testbed import memory, timing, worker
+from testbed.agreement import Calibrated
+from testbed.problems import Problem
 from testbed.records import Record, exit_code
 from testbed.report import units
 
@@ -139,3 +142,15 @@ def record(status: str) -> Record:
 )
 def test_numbers_read_well(text: str, expected: str) -> None:
     assert text == expected
+
+
+@pytest.mark.usefixtures("own_random_state")
+def test_threads_of_the_process_before_are_given_time_to_fall_asleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[object] = []
+    x, y = torch.ones(2, 3), torch.zeros(2, dtype=torch.long)
+    problem = Problem(nn.Linear(3, 2), nn.CrossEntropyLoss(reduction="none"), x, y, x, y)
+    timed = worker.Worker(problem, "norms", {}, Calibrated())
+    timed.functions["a call"] = lambda inputs, targets: happened.append("call")
+    monkeypatch.setattr(worker.time, "sleep", happened.append)
+    timed.time("a call")
+    assert happened == [worker.QUIET, "call", "call"]  # a short call has an untimed one before it
