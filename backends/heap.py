@@ -10,6 +10,8 @@ from contextlib import suppress
 LARGEST = 2**25
 """Bytes up to which glibc can take a block from what has been freed; a larger one is always fresh."""
 
+_NOT_GLIBC = AttributeError, OSError, TypeError  # TypeError on Windows
+
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
 
 _KEPT = 2 * LARGEST
@@ -18,7 +20,7 @@ _KEPT = 2 * LARGEST
 
 def keep_freed() -> None:
     """Let the process keep up to 64 MiB of what it frees, for blocks of up to 32 MiB; see mallopt(3)."""
-    with suppress(AttributeError, OSError):  # not glibc
+    with suppress(*_NOT_GLIBC):
         libc = ctypes.CDLL(None)
         libc.mallopt(_MMAP_THRESHOLD, LARGEST)
         libc.mallopt(_TRIM_THRESHOLD, _KEPT)
@@ -26,5 +28,5 @@ def keep_freed() -> None:
 
 def give_back() -> None:
     """Give what is free back to the kernel."""
-    with suppress(AttributeError, OSError):
+    with suppress(*_NOT_GLIBC):
         ctypes.CDLL(None).malloc_trim(0)
