@@ -5,6 +5,10 @@ import subprocess
 import sys
 
 import pytest
+from torch import nn
+
+from backends import bookkeeping, get_backend
+from tests.cases import squares
 
 CALLS = """
 import ctypes, resource
@@ -36,3 +40,11 @@ def test_freed_memory_is_kept_until_it_is_given_back() -> None:
     again, given_back = map(int, subprocess.check_output([sys.executable, "-c", CALLS], text=True).split())
     assert given_back > 12000  # pages; a call writes 12288
     assert again < 100
+
+
+@pytest.mark.usefixtures("own_random_state")
+def test_bookkeeping_keeps_freed_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[bool] = []
+    monkeypatch.setattr(bookkeeping, "keep_freed", lambda: kept.append(True))
+    get_backend("bookkeeping").norms(nn.Linear(2, 2), squares)
+    assert kept
