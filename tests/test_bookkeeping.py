@@ -76,9 +76,10 @@ def test_reused_buffers_are_the_same_memory_only_where_asked(monkeypatch: pytest
 
 def test_under_autocast_results_are_in_the_parameters_dtype() -> None:
     model = nn.Sequential(linear(64, 64), nn.LayerNorm(64), linear(64, 4)).to(DEVICE)
-    inputs, targets = real(N, 64).float(), real(N).float()
+    inputs, targets = real(N, 3, 64).float(), real(N).float()
     with torch.autocast(DEVICE.type, torch.bfloat16):
         ours, loop = (get_backend(b).grads(model, squares)(inputs, targets) for b in ("bookkeeping", "naive"))
     assert {g.dtype for g in ours.values()} == {torch.float32}
+    assert get_backend("bookkeeping").choices()["passes of Sequential"] == "over the batch"
     for name, g in loop.items():
         assert (ours[name] - g).norm() < 0.05 * g.norm(), name

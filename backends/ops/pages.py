@@ -15,7 +15,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from backends.heap import LARGEST, give_back
+from backends.heap import LARGEST
 from backends.ops.choice import capturing
 
 OURS = 3  # references to a block that nobody holds: the pool's, the loop's, and that of `getrefcount` itself
@@ -65,4 +65,3 @@ def release() -> None:
     """Give back what pools keep for results to come."""
     for pool in _POOLS:
         pool.forget()
-    give_back()
