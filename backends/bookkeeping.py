@@ -7,6 +7,9 @@ made (norms: Goodfellow 2015, https://arxiv.org/abs/1510.01799; clipped sums wit
 `ops/passes.py`, and how it is known to be right in `ops/look.py`; what is known of an op is its rule, in `ops/`.
 Parameters in ops without a rule are differentiated sample by sample in the same backward pass.
 
+Norms and clipped sums take at most 1.3 times the memory of an ordinary step, or 64 MiB: where a batch would take more,
+it is run in parts (`ops/parts.py`).
+
 It cannot be fast where samples must be run one at a time, as for data-dependent control flow, `.item()`, samples that
 update buffers in place, checkpoints. Random ops draw for each sample, as they do in a batch.
 """
@@ -40,7 +43,7 @@ from backends.ops.choice import CHOSEN, kernels
 from backends.ops.pages import Pool, release
 from backends.ops.parts import InParts
 from backends.ops.passes import Passes, Way
-from backends.ops.persample import PerSample, bytes_at_a_time, sum_of, total_squares
+from backends.ops.persample import PerSample, Together, sum_of
 from backends.ops.traced import Compiled
 from backends.running import kept_random_state, library_call
 
@@ -89,41 +92,54 @@ class Bookkeeping(Backend):
         def written(name: str, g: PerSample) -> Tensor:
             return g.grads(partial(memory, name)).contiguous()
 
-        fn = self._built(model, loss_fn, written, _as_they_are)
+        fn = self._built(model, self._passes(model, loss_fn), written, _as_they_are)
         return lambda inputs, targets: _apart(fn(inputs, targets))
 
     def norms(self, model: nn.Module, loss_fn: LossFn) -> TensorFn:
         """Build ‖g_i‖ from pairs."""
 
         def norms(found: dict[str, Part]) -> Tensor:
-            return total_squares(found.values()).sqrt()
+            return Together(found).squares().sqrt()
 
-        return self._built(model, loss_fn, lambda name, g: g.part_of_squares(), norms, torch.cat)
+        passes = self._passes(model, loss_fn)
+        return self._built(model, passes, lambda name, g: g.part_of_squares(), norms, torch.cat)
 
     def clipped_sum(self, model: nn.Module, loss_fn: LossFn, *, max_norm: Positive = 1.0) -> GradsFn:
         """Build Σ_i min(1, C/‖g_i‖) g_i from the same pairs as the norms."""
         pool = Pool()
-        keep = _Keep(pool)
+        passes = self._passes(model, loss_fn)
+        keep = _Keep(pool, passes)
 
         def clipped_sum(found: dict[str, tuple[PerSample, Part]]) -> Named:
-            keep.extra = 0
-            factors = clip_factors(total_squares(part for _, part in found.values()).sqrt(), max_norm)
-            return {name: found.pop(name)[0].weighted(factors, pool.empty) for name in list(found)}
+            keep.extra, names = 0, list(found)
+            together = Together({name: part for name, (_, part) in found.items()})
+            factors = clip_factors(together.squares().sqrt(), max_norm)
+            small = together.weighted(factors)
+            for name in small:
+                del found[name]
+            large = {name: found.pop(name)[0].weighted(factors, pool.empty) for name in list(found)}
+            return {name: small[name] if name in small else large[name] for name in names}
 
-        return self._built(model, loss_fn, keep, clipped_sum, _added)
+        return self._built(model, passes, keep, clipped_sum, _added)
 
     def variance(self, model: nn.Module, loss_fn: LossFn) -> GradsFn:
         """Build 1/N Σ (g_i − ḡ)², some samples at a time."""
-        return self._built(model, loss_fn, lambda name, g: g.variance(), _as_they_are)
+        return self._built(model, self._passes(model, loss_fn), lambda name, g: g.variance(), _as_they_are)
 
     def gram(self, model: nn.Module, loss_fn: LossFn) -> TensorFn:
         """Build ⟨g_i, g_j⟩, the sum over parameters."""
-        return self._built(model, loss_fn, lambda name, g: g.gram(), lambda found: sum_of(found.values()))
+        passes = self._passes(model, loss_fn)
+        return self._built(model, passes, lambda name, g: g.gram(), lambda found: sum_of(found.values()))
+
+    def _passes(self, model: nn.Module, loss_fn: LossFn) -> Passes:
+        if self.triton:
+            _refuse_without_triton(model)
+        return Passes(own_copy(model), loss_fn)
 
     def _built(
         self,
         model: nn.Module,
-        loss_fn: LossFn,
+        passes: Passes,
         each: Callable[[str, PerSample], T],
         combine: Callable[[dict[str, T]], R],
         merge: Callable[[list[R]], R] | None = None,
@@ -132,17 +148,14 @@ class Bookkeeping(Backend):
 
         Args:
             model: The caller's.
-            loss_fn: Its loss.
+            passes: Those of a copy of it.
             each: What is wanted of a parameter's gradients: (name, gradients), as soon as they are known, while the
                 backward pass goes on and they are in the cache.
             combine: What came of that, by name -> the result.
             merge: The results of parts of a batch -> that of the batch, if there is a way.
         """
-        if self.triton:
-            _refuse_without_triton(model)
         keep_freed()
-        original, model = model, own_copy(model)
-        passes = Passes(model, loss_fn)
+        own, loss_fn = passes.model, passes.loss_fn
         dtypes = {name: p.dtype for name, p in trainable(model).items()}
 
         def made(found: dict[str, T]) -> R:
@@ -156,14 +169,15 @@ class Bookkeeping(Backend):
             return made(way.run(inputs, targets, each))
 
         whole = Compiled(passes, passed_by) if self.compile else passed
-        parts = merge and not self.compile and InParts(whole, merge, f"{combine.__name__} of {type(model).__name__}")
+        what = f"{combine.__name__} of {type(model).__name__}"
+        parts = merge and not self.compile and InParts(whole, passes.plain, merge, what)
 
         def fn(inputs: Batch, targets: Tensor) -> R:
-            with kernels(self.triton), library_call(original, model, loss_fn, inputs, targets, buffers=False):
+            with kernels(self.triton), library_call(model, own, loss_fn, inputs, targets, buffers=False):
                 if not parts:
                     return whole(inputs, targets)
                 if not parts.knows(inputs, targets):
-                    with kept_random_state(model):  # a first call draws what later ones draw
+                    with kept_random_state(own):  # a first call draws what later ones draw
                         parts.choose(inputs, targets)
                 return parts(inputs, targets)
 
@@ -183,16 +197,18 @@ def _refuse_without_triton(model: nn.Module) -> None:
 class _Keep:
     """What a clipped sum keeps of each parameter's gradients until all norms are known, and their squares.
 
-    Squares mostly come of the gradients themselves. They are kept where that takes little more than the pairs they are
-    made of, and weighted later. `extra` is how many bytes more have been taken.
+    Squares mostly come of the gradients themselves. They are kept, and weighted later, where that takes less memory
+    than the pairs they are made of, or not much more and there is some to spare. `extra` is how many bytes more have
+    been taken.
     """
 
-    def __init__(self, pool: Pool) -> None:
-        self.pool, self.extra = pool, 0
+    def __init__(self, pool: Pool, passes: Passes) -> None:
+        self.pool, self.passes, self.extra = pool, passes, 0
 
     def __call__(self, name: str, g: PerSample) -> tuple[PerSample, Part]:
-        more = g.bytes() - g.held()
-        if more <= min(g.held(), bytes_at_a_time(g.like) - self.extra):
+        held = g.held()
+        spare = self.passes.footprint.spare(g.samples) - self.extra
+        if held and (more := g.bytes() - held) <= max(0, min(held, spare)):
             self.extra += max(0, more)
             g = g.compact(2, self.pool.empty)
         return g, g.part_of_squares()

@@ -46,8 +46,9 @@ def test_parts_double_for_as_long_as_that_takes_no_longer(
         seen.append(len(targets))
         return targets * 2
 
-    parts = InParts(run, torch.cat, "doubling")
+    parts = InParts(run, run, torch.cat, "doubling")
     parts.choose(real(67, 5), real(67))
+    seen.clear()
     assert_close(parts(real(67, 5), real(67)), real(67) * 2)
     assert (len(seen), sum(seen)) == (best, 67)
     assert max(seen) - min(seen) <= 1
@@ -59,18 +60,58 @@ def test_a_batch_that_is_too_large_for_memory_is_run_in_parts() -> None:
             raise torch.OutOfMemoryError
         return targets * 2
 
-    parts = InParts(run, torch.cat, "doubling")
+    parts = InParts(run, run, torch.cat, "doubling")
     parts.choose(real(67, 5), real(67))
     assert_close(parts(real(67, 5), real(67)), real(67) * 2)
 
 
-def test_small_batches_and_other_forms_are_not_divided() -> None:
-    parts = InParts(lambda inputs, targets: targets, torch.cat, "nothing")
-    assert parts.knows(real(15, 5), real(15))
+def test_every_form_of_more_than_one_sample_is_looked_at_once() -> None:
+    parts = InParts(lambda inputs, targets: targets, lambda inputs, targets: targets, torch.cat, "nothing")
+    assert parts.knows(real(1, 5), real(1))
     assert not parts.knows(real(16, 5), real(16))
     parts.choose(real(16, 5), real(16))
     assert parts.knows(real(16, 5), real(16))
+    assert not parts.knows(real(15, 5), real(15))
     assert not parts.knows(real(16, 6), real(16))
+
+
+def held(samples: int, each: int) -> list[Tensor]:
+    """Return tensors that take so many bytes a sample."""
+    return [torch.zeros(each, dtype=torch.uint8, device=DEVICE) + 0 for _ in range(samples)]
+
+
+@pytest.mark.parametrize(("each", "parts"), [(12, 1), (14, 2), (40, 4), (300, 16)])
+def test_there_are_as_many_parts_as_memory_asks_for(each: int, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backends.ops.parts.FREE", 0)
+    monkeypatch.setattr(InParts, "_seconds", lambda self, counts, *batch: {counts[0]: 1.0, counts[1]: 2.0})
+
+    def run(inputs: Batch, targets: Tensor) -> Tensor:
+        assert held(len(targets), each * 1000)
+        return targets
+
+    def step(inputs: Batch, targets: Tensor) -> object:
+        return held(len(targets), 10000)
+
+    found = InParts(run, step, torch.cat, "held")
+    found.choose(real(16, 5), real(16))
+    assert list(found.counts.values()) == [parts]
+
+
+def test_memory_that_a_process_keeps_anyway_is_no_reason_for_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(InParts, "_seconds", lambda self, counts, *batch: {counts[0]: 1.0, counts[1]: 2.0})
+    found = InParts(lambda inputs, targets: held(16, 1000)[0], lambda inputs, targets: None, torch.cat, "held")
+    found.choose(real(16, 5), real(16))
+    assert list(found.counts.values()) == [1]
+
+
+def test_what_fails_where_memory_is_measured_is_run_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(inputs: Batch, targets: Tensor) -> Tensor:
+        raise ValueError
+
+    monkeypatch.setattr("backends.ops.parts.FREE", 0)
+    found = InParts(lambda inputs, targets: targets + 1, fails, torch.cat, "failing")
+    found.choose(real(5, 5), real(5))
+    assert list(found.counts.values()) == [1]
 
 
 @pytest.mark.parametrize("quantity", ["norms", "clipped_sum"])

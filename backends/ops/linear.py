@@ -9,14 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backends.derived import squares_of
-from backends.ops.choice import capturing
+from backends.ops.choice import capturing, fastest
 from backends.ops.persample import Dense, Empty, Outer, PerSample, fresh
 from backends.ops.rules import Pieces, rule
+
+FEW = 8
+"""Times as many rows as a sample takes in a table that may be made for each sample, if that is faster."""
 
 
 def vectors(x: Tensor) -> Tensor:
     """Return [N, ..., d] as [N, T, d]."""
-    return x.reshape(len(x), -1, x.shape[-1])
+    return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 def _is_matrix(arguments: Mapping[str, Any]) -> bool:
@@ -69,6 +72,9 @@ class Scattered(PerSample):
         self.samples, self.like = len(self.values), self.values
         self.shape = (self.height, self.values.shape[2])
 
+    def held(self) -> int:  # noqa: D102
+        return self.index.nbytes + self.values.nbytes
+
     def rows(self, some: slice) -> Tensor:  # noqa: D102
         n = len(range(self.samples)[some])
         return self._tables(some, self.values.new_zeros(n * self.height, self.shape[1]))
@@ -83,7 +89,14 @@ class Scattered(PerSample):
         out.index_add_(0, (index + first).flatten(), values.flatten(0, 1))
         return out.view(len(index), *self.shape)
 
-    def squares(self) -> Tensor:
+    def squares(self) -> Tensor:  # noqa: D102
+        (n, t), (height, width) = self.index.shape, self.shape
+        ways = {"sorted": self.squares_by_sorting}
+        if height <= FEW * t:
+            ways["direct"] = super().squares
+        return fastest(ways, f"norms of {t} rows of a table {height}×{width}", n, self.like)
+
+    def squares_by_sorting(self) -> Tensor:
         """Return ‖g_i‖² [N]: the gradients of a row that was taken more than once are added first."""
         n, t = self.index.shape
         index, order = self.index.sort(1)

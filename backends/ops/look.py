@@ -8,6 +8,7 @@ each place gradients must have told samples apart.
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import combinations
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from backends.base import Named
 from backends.batch import Batch, apply, size, take, tensors
+from backends.ops.footprint import Footprint, pairs, saved
 from backends.ops.persample import PerSample
 from backends.ops.questions import Questions
 from backends.ops.taps import Layout
@@ -50,13 +52,27 @@ class _Candidate(NamedTuple):
     asks: bool = False
 
 
-def right_ways(passes: "Passes", inputs: Batch, targets: Tensor) -> tuple[list["Way"], bool]:
-    """Return the ways that are right, the cheapest first, and whether the few samples could tell."""
+class Looked(NamedTuple):
+    """What is known after a look.
+
+    Attributes:
+        ways: Those that are right, the cheapest first.
+        sure: Whether the few samples could tell.
+        footprint: How much memory both passes hold.
+    """
+
+    ways: list["Way"]
+    sure: bool
+    footprint: Footprint
+
+
+def looked(passes: "Passes", inputs: Batch, targets: Tensor) -> Looked:
+    """Return which ways are right, and what they hold."""
     few = _few(inputs, targets)
     plain = passes.one_by_one(with_rules=False)
     if size(inputs) == 1:
         right, _ = _judged(passes, few, _run(passes, [passes.one_by_one(with_rules=True)], few))
-        return [*(c.way for c in right), plain], True
+        return Looked([*(c.way for c in right), plain], True, _footprint(passes, few[0], right))
     over = [c for apart in (False, True) if (c := _over_the_batch(passes, few, inputs, apart)) is not None]
     right, prints = _judged(passes, few, [*over, *_run(passes, [passes.under_vmap(with_rules=True)], few)])
     others = [c for c in right if c.layout is None]
@@ -66,7 +82,17 @@ def right_ways(passes: "Passes", inputs: Batch, targets: Tensor) -> tuple[list["
     answered = any(c.way.name != plain.name for c in others)  # by vmap
     over = [c for c in right if c.layout is not None and (answered or not c.asks)]
     sure = all(_tells_apart(c.layout, prints, size(inputs)) for c in over if c.layout)
-    return [*(c.way for c in over[:1] if sure), *(c.way for c in others), plain], sure
+    found = [*(over[:1] if sure else []), *others]
+    return Looked([*(c.way for c in found), plain], sure, _footprint(passes, few[0], found))
+
+
+def _footprint(passes: "Passes", batch: Sample, right: Sequence[_Candidate]) -> Footprint:
+    """Return what an ordinary step and the cheapest right way hold; nothing where that cannot be counted."""
+    inputs, targets = _copied(_sample(batch, 0))
+    there, step = [*passes.model.parameters(), *passes.model.buffers(), *tensors(inputs)], 0
+    with going_on():
+        step = saved(partial(passes.plain, inputs, targets), there)
+    return Footprint(step, pairs(right[0].found[-1].values()) if right else 0)
 
 
 def _few(inputs: Batch, targets: Tensor) -> list[Sample]:

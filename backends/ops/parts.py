@@ -1,13 +1,14 @@
-"""A batch in parts, one after the other: as many as is fastest.
+"""A batch in parts, one after the other: as many as is fastest, of those that take little more memory than a step.
 
 What samples add to a result does not depend on each other. Parts hold less at a time, and on a CPU more of that stays
-in its caches; but each part pays for every op anew. So it is measured, when a form of inputs is new.
+in its caches; but each part pays for every op anew. So both are measured, when a form of inputs is new.
 """
 
-import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from math import ceil, inf
 from typing import Generic, TypeVar
 
 import torch
@@ -16,11 +17,15 @@ from torch import Tensor
 from backends.batch import Batch, apply, signature, size
 from backends.derived import chunks
 from backends.ops.choice import CHOSEN, TRIES, capturing, timed
+from backends.ops.live import peak
+from backends.ops.look import going_on
 
 R = TypeVar("R")
 
-LEAST = 8  # samples in a part
-MOST = 8  # parts
+LEAST = 8  # samples in a part, unless memory asks for fewer
+MOST = 8  # parts, unless memory asks for more
+WITHIN = 1.3  # times the peak memory of an ordinary step
+FREE = 2**26  # bytes that may be taken in any case: a process on a CPU keeps as much of what it has freed
 EQUAL = 1.02  # times as long is as fast: then more parts are better, since they hold less
 LONG = 1.0  # seconds; what takes longer is timed once
 
@@ -31,12 +36,14 @@ class InParts(Generic[R]):
 
     Attributes:
         run: The function.
+        step: What an ordinary step computes of them.
         merge: The parts' results -> the result.
         what: What it computes, for the record of choices.
         counts: How many parts are best, by the form of inputs.
     """
 
     run: Callable[[Batch, Tensor], R]
+    step: Callable[[Batch, Tensor], object]
     merge: Callable[[list[R]], R]
     what: str
     counts: dict[object, int] = field(default_factory=dict)
@@ -47,11 +54,11 @@ class InParts(Generic[R]):
 
     def knows(self, inputs: Batch, targets: Tensor) -> bool:
         """Return whether it is known how many parts are best, or there is no choice."""
-        return _form(inputs) in self.counts or size(inputs) < 2 * LEAST or capturing(targets)
+        return _form(inputs) in self.counts or size(inputs) == 1 or capturing(targets)
 
     def choose(self, inputs: Batch, targets: Tensor) -> None:
-        """Measure how many parts are best: twice as many for as long as that does not take longer."""
-        n, best = size(inputs), 1
+        """Measure how many parts are best: twice as many while that takes too much memory, or does not take longer."""
+        n, best = size(inputs), self._least(inputs, targets)
         while (more := 2 * best) <= MOST and n >= more * LEAST:
             seconds = self._seconds((best, more), inputs, targets)
             if not seconds[more] <= EQUAL * seconds[best]:
@@ -60,24 +67,46 @@ class InParts(Generic[R]):
         self.counts[_form(inputs)] = best
         CHOSEN[f"{self.what} of {n} samples"] = "all at once" if best == 1 else f"in {best} parts"
 
+    def _least(self, inputs: Batch, targets: Tensor) -> int:
+        """Return how many parts there must be for memory's sake."""
+
+        def taken(function: Callable[[Batch, Tensor], object]) -> float:
+            return peak(partial(function, *_copies(inputs, targets)))
+
+        count, most = 1, inf
+        with suppress(torch.OutOfMemoryError):
+            self.run(*_copies(inputs, targets))  # new ways are tried now, and take memory of their own
+        with going_on():  # what cannot be measured has no bound
+            if taken(self.run) <= FREE:
+                return count
+            with going_on():  # a step of a whole batch may fail where samples alone do not
+                most = max(FREE, WITHIN * taken(self.step))
+            while count < size(inputs) and not taken(partial(self._in, count)) < most:
+                count = min(2 * count, size(inputs))
+        return count
+
     def _in(self, count: int, inputs: Batch, targets: Tensor) -> R:
         if count == 1:
             return self.run(inputs, targets)
-        most = math.ceil(size(inputs) / count)
+        most = ceil(size(inputs) / count)
         return self.merge([self.run(*part) for part in chunks(inputs, targets, most)])
 
     def _seconds(self, counts: tuple[int, int], inputs: Batch, targets: Tensor) -> dict[int, float]:
         """Return how long each of two counts takes, in turn; the first try may measure and compile, and is left out."""
-        found = dict.fromkeys(counts, math.inf)
+        found = dict.fromkeys(counts, inf)
         for attempt in range(1 + TRIES):
             for count in counts:
-                copies = apply(torch.clone, inputs), targets.clone()  # a model may change its inputs in place
-                seconds = timed(partial(self._in, count, *copies), targets)
+                seconds = timed(partial(self._in, count, *_copies(inputs, targets)), targets)
                 if attempt > 0:
                     found[count] = min(found[count], seconds)
             if attempt > 0 and max(found.values()) > LONG:
                 break
         return found
+
+
+def _copies(inputs: Batch, targets: Tensor) -> tuple[Batch, Tensor]:
+    """Return copies: a model may change its inputs in place."""
+    return apply(torch.clone, inputs), targets.clone()
 
 
 def _form(inputs: Batch) -> object:

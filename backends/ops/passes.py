@@ -16,7 +16,7 @@ a time, as by a loop; pairs are kept all the same.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,7 +29,8 @@ from torch.func import functional_call, vmap
 from backends.base import LossFn, Named, trainable
 from backends.batch import Batch, apply, call, signature, size, take
 from backends.ops.choice import CHOSEN
-from backends.ops.look import going_on, itself, right_ways
+from backends.ops.footprint import NOTHING, Footprint
+from backends.ops.look import going_on, itself, looked
 from backends.ops.persample import Dense, PerSample
 from backends.ops.several import Stacked
 from backends.ops.taps import Each, Layout, Recorder, Uncovered
@@ -56,23 +57,32 @@ class Passes:
     Attributes:
         model: The backend's own copy.
         loss_fn: (outputs [N, ...], targets [N, ...]) -> losses [N].
+        values: The parameters without gradient, by name.
+        shared: Those [1, ...], which any op may use.
         ways: By the form of the inputs, the ways to run them that have not failed, the cheapest first.
         looks: How often a form has been looked at.
+        footprints: By the form too, how much memory the passes hold.
+        footprint: That of the inputs that are being run.
     """
 
     model: nn.Module
     loss_fn: LossFn
     ways: dict[object, list[Way]] = field(default_factory=dict)
     looks: Counter[object] = field(default_factory=Counter)
+    footprints: dict[object, Footprint] = field(default_factory=dict)
+    footprint: Footprint = NOTHING
 
     def __post_init__(self) -> None:
         self.parameters = trainable(self.model)
         self.values = {name: p.detach() for name, p in self.parameters.items()}
+        self.shared = {name: p for name, p in self.values.items() if p.dim() > 1 and len(p) == 1}
+        self._names = _by_identity(self.parameters)
 
     def __call__(self, inputs: Batch, targets: Tensor, each: Each) -> dict[str, Any]:
         """Run both passes; what a way cannot do with these very inputs, the next one does."""
         form = (signature(inputs), size(inputs) == 1)
         ways = self.ways.get(form) or self._looked(form, inputs, targets)
+        self.footprint = self.footprints[form]
         for count, way in enumerate(ways):
             with going_on(count < len(ways) - 1), kept_buffers(self.model):
                 found = way.run(inputs, targets, each)
@@ -92,7 +102,7 @@ class Passes:
     def _looked(self, form: object, inputs: Batch, targets: Tensor) -> list[Way]:
         """Return the ways that are right; where samples do not tell, they are looked for again, a few times at most."""
         with kept_random_state(self.model):  # a first call draws what later ones draw
-            ways, sure = right_ways(self, inputs, targets)
+            ways, sure, self.footprints[form] = looked(self, inputs, targets)
         self.looks[form] += 1
         if sure or self.looks[form] == LOOKS:
             self.ways[form] = ways
@@ -134,8 +144,7 @@ class Passes:
     def _batch_pass(self, inputs: Batch, targets: Tensor, **how: Any) -> tuple[Recorder, Named]:  # noqa: ANN401
         """Return the recorder of both passes, see there, and the parameters that were there as [N, ...]."""
         n = size(inputs)
-        shared = {name: p for name, p in self.values.items() if p.dim() > 1 and len(p) == 1}
-        copies = {name: p.expand(n, *p.shape[1:]).requires_grad_() for name, p in shared.items()}
+        copies = {name: p.expand(n, *p.shape[1:]).requires_grad_() for name, p in self.shared.items()}
         token = self._token(n)
         recorder = self._recorder(copies, token, samples=n, **how)
         model = (lambda *a, **k: functional_call(self.model, copies, a, k)) if copies else self.model
@@ -203,8 +212,8 @@ class Passes:
         return next(iter(self.values.values())).new_zeros(n).requires_grad_()
 
     def _recorder(self, copies: Named, token: Tensor, **how: Any) -> Recorder:  # noqa: ANN401  see `Recorder`
-        real = (p for given in (self.parameters, copies) for p in given.items() if not p[1].is_complex())
-        return Recorder({id(p): name for name, p in real}, self.values, token, **how)
+        names = {**self._names, **_by_identity(copies)} if copies else self._names
+        return Recorder(names, self.values, token, **how)
 
     def _backward(self, recorder: Recorder, losses: Tensor, token: Tensor, copies: Named) -> tuple[Named, Named]:
         """Run the backward pass; return the gradients of copies and of parameters that were used without a rule."""
@@ -216,6 +225,11 @@ class Passes:
         used = [(name, g) for name, g in zip([*copies, *self.parameters], found[1:], strict=True)]
         by_copies, direct = used[: len(copies)], used[len(copies) :]
         return {k: g for k, g in by_copies if g is not None}, {k: g for k, g in direct if g is not None}
+
+
+def _by_identity(given: Mapping[str, Tensor]) -> dict[int, str]:
+    """Return the names of tensors that rules cover; there is none for complex numbers."""
+    return {id(p): name for name, p in given.items() if not p.is_complex()}
 
 
 def _dense(g: Tensor) -> Tensor:

@@ -37,6 +37,8 @@ class Bound(NamedTuple):
 
     def call(self, op: Op) -> Any:  # noqa: ANN401  whatever the op returns
         """Return what the op returns."""
+        if self.positional >= len(self.arguments):
+            return op(*self.arguments.values())
         named = list(self.arguments.items())
         return op(*(value for _, value in named[: self.positional]), **dict(named[self.positional :]))
 
@@ -76,13 +78,17 @@ class Rule:
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Bound | None:
         """Return the op's arguments, or None where the rule does not hold for them; `inspect` takes twice as long."""
+        if len(args) == len(self.names) <= self.positional and not kwargs:
+            return self._bound(dict(zip(self.names, args, strict=True)))
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         if len(args) > self.positional or len(given) < len(args) + len(kwargs) or not given.keys() <= self.known:
             return None  # some ops have more than one signature
         found = {**self.defaults, **given}
         if len(found) < len(self.names):
             return None
-        arguments = {name: found[name] for name in self.names}
+        return self._bound({name: found[name] for name in self.names})
+
+    def _bound(self, arguments: dict[str, Any]) -> Bound | None:
         return Bound(arguments, self.positional) if self.covers(arguments) else None
 
 

@@ -1,0 +1,99 @@
+"""How much memory passes hold, and that norms and clipped sums take little more than an ordinary step."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from backends import get_backend
+from backends.base import own_copy
+from backends.ops.footprint import Footprint, pairs, saved
+from backends.ops.linear import Scattered
+from backends.ops.live import peak
+from backends.ops.parts import InParts
+from backends.ops.passes import Passes
+from backends.ops.persample import Dense, Outer
+from tests.asserts import assert_close
+from tests.cases import DEVICE, linear, real, squares
+
+pytestmark = pytest.mark.usefixtures("own_random_state")
+
+
+def test_what_a_forward_pass_saves_is_counted_once_and_without_what_was_there() -> None:
+    model, x = nn.Sequential(linear(5, 7), nn.Tanh(), linear(7, 3)).to(DEVICE), torch.ones(2, 5, device=DEVICE)
+    found = saved(lambda: model(x).sum().backward(), [*model.parameters(), x])
+    assert found == 2 * 7 * 4  # the output of tanh, which its own gradient and that of the next weight need
+    assert saved(lambda: model(x).sum().backward(), model.parameters()) == found + x.nbytes
+
+
+def test_pairs_take_what_the_smaller_form_takes() -> None:
+    forms = [Dense(real(4, 3)), Outer(real(4, 2, 5), real(4, 2, 6)), Outer(real(4, 9, 2), real(4, 9, 3))]
+    assert pairs(forms) == 8 * (3 + 2 * (5 + 6) + 2 * 3)
+    table = Scattered(torch.zeros(4, 2, dtype=torch.long, device=DEVICE), real(4, 2, 3), 1000)
+    assert pairs([table]) == 8 * (2 + 2 * 3)
+
+
+@pytest.mark.parametrize(("step", "pairs", "spare"), [(100, 40, 10), (100, 120, 5), (100, 130, 0), (0, 0, 0)])
+def test_spare_is_what_a_step_leaves_and_a_quarter_of_the_pairs_at_most(step: int, pairs: int, spare: int) -> None:
+    assert Footprint(step, pairs).spare(3) == 3 * spare
+
+
+def test_passes_know_the_footprint_of_each_form() -> None:
+    model = nn.Sequential(linear(5, 5), nn.Tanh(), linear(5, 5)).to(DEVICE, torch.float64)
+    passes = Passes(own_copy(model), squares)
+    for length in (2, 3):
+        passes(real(6, length, 5), real(6), lambda name, g: 0)
+        per_position = passes.footprint.step / length
+        assert per_position > 5 * 8, "at least what tanh returns"
+        assert passes.footprint.pairs == 8 * (2 * min(10 * length, 25) + 2 * 5)
+
+
+@pytest.mark.parametrize(("spare", "contractions"), [(0, 2), (2**20, 0)])
+def test_gradients_are_kept_where_there_is_memory_to_spare(
+    spare: int, contractions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Outer] = []
+    weighted = Outer.weighted
+    monkeypatch.setattr(Outer, "weighted", lambda self, *args: seen.append(self) or weighted(self, *args))
+    monkeypatch.setattr(Footprint, "spare", lambda self, samples: spare)
+    model = nn.Sequential(linear(16, 16), nn.Tanh(), linear(16, 16)).to(DEVICE, torch.float64)
+    inputs, targets = real(5, 6, 16), real(5)  # 192 numbers of a pair, 256 of a gradient
+    fn = get_backend("bookkeeping").clipped_sum(model, squares, max_norm=0.1)
+    fn(inputs, targets)
+    seen.clear()
+    found = fn(inputs, targets)
+    assert len(seen) == contractions
+    for name, t in get_backend("naive").clipped_sum(model, squares, max_norm=0.1)(inputs, targets).items():
+        assert_close(found[name], t)
+
+
+def perceptron() -> tuple[nn.Module, Tensor]:
+    layers = [layer for _ in range(6) for layer in (linear(32, 32), nn.Tanh())]
+    return nn.Sequential(*layers), real(32, 8, 32)
+
+
+def convolutions() -> tuple[nn.Module, Tensor]:
+    layers = [layer for _ in range(6) for layer in (nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())]
+    return nn.Sequential(*layers), real(32, 8, 10, 10)
+
+
+def transformer() -> tuple[nn.Module, Tensor]:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 3, enable_nested_tensor=False), real(32, 12, 16)
+
+
+@pytest.mark.parametrize("quantity", ["norms", "clipped_sum"])
+@pytest.mark.parametrize("problem", [perceptron, convolutions, transformer])
+def test_memory_stays_near_that_of_an_ordinary_step(
+    quantity: str, problem: Callable[[], tuple[nn.Module, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backends.ops.parts.FREE", 0)
+    monkeypatch.setattr(InParts, "_seconds", lambda self, counts, *batch: {counts[0]: 1.0, counts[1]: 2.0})
+    model, inputs = problem()
+    model, targets = model.to(DEVICE, torch.float64), real(len(inputs))
+    fn = getattr(get_backend("bookkeeping"), quantity)(model, squares)
+    fn(inputs, targets)
+    step = peak(partial(Passes(own_copy(model), squares).plain, inputs, targets))
+    assert peak(partial(fn, inputs, targets)) <= 1.3 * step
