@@ -8,7 +8,7 @@ made (norms: Goodfellow 2015, https://arxiv.org/abs/1510.01799; clipped sums wit
 Parameters in ops without a rule are differentiated sample by sample in the same backward pass.
 
 Norms and clipped sums take at most 1.3 times the memory of an ordinary step, or 64 MiB: where a batch would take more,
-it is run in parts (`ops/parts.py`).
+it is run in parts (`ops/parts.py`), unless it is compiled.
 
 It cannot be fast where samples must be run one at a time, as for data-dependent control flow, `.item()`, samples that
 update buffers in place, checkpoints. Random ops draw for each sample, as they do in a batch.
@@ -43,7 +43,8 @@ from backends.ops.choice import CHOSEN, kernels
 from backends.ops.pages import Pool, release
 from backends.ops.parts import InParts
 from backends.ops.passes import Passes, Way
-from backends.ops.persample import PerSample, Together, sum_of
+from backends.ops.persample import PerSample, sum_of
+from backends.ops.several import Together
 from backends.ops.traced import Compiled
 from backends.running import kept_random_state, library_call
 

@@ -36,8 +36,18 @@ def test_pairs_take_what_the_smaller_form_takes() -> None:
 
 
 @pytest.mark.parametrize(("step", "pairs", "spare"), [(100, 40, 10), (100, 120, 5), (100, 130, 0), (0, 0, 0)])
-def test_spare_is_what_a_step_leaves_and_a_quarter_of_the_pairs_at_most(step: int, pairs: int, spare: int) -> None:
+def test_spare_is_what_a_step_leaves_and_a_quarter_of_the_pairs_at_most(
+    step: int, pairs: int, spare: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backends.ops.footprint.FREE", 0)
     assert Footprint(step, pairs).spare(3) == 3 * spare
+
+
+def test_what_a_process_keeps_anyway_may_be_held() -> None:
+    assert Footprint(2**20, 2**10).spare(4) == 2**26 - 4 * 2**20
+    assert Footprint(2**20, 2**21).spare(4) == 2**26 - 4 * 2**21
+    assert Footprint(2**20, 2**21).spare(2**7) == 0
+    assert Footprint(0, 0).spare(4) == 0, "nothing is known"
 
 
 def test_passes_know_the_footprint_of_each_form() -> None:
@@ -89,7 +99,8 @@ def transformer() -> tuple[nn.Module, Tensor]:
 def test_memory_stays_near_that_of_an_ordinary_step(
     quantity: str, problem: Callable[[], tuple[nn.Module, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("backends.ops.parts.FREE", 0)
+    for module in ("footprint", "parts"):
+        monkeypatch.setattr(f"backends.ops.{module}.FREE", 0)
     monkeypatch.setattr(InParts, "_seconds", lambda self, counts, *batch: {counts[0]: 1.0, counts[1]: 2.0})
     model, inputs = problem()
     model, targets = model.to(DEVICE, torch.float64), real(len(inputs))

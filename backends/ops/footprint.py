@@ -14,6 +14,9 @@ MOST = 1.25
 EXTRA = 4
 """A quarter of the pairs may be held besides: where they are few, other things are held when most of them are."""
 
+FREE = 2**26
+"""Bytes that may be held in any case: a process on a CPU keeps as much of what it has freed (`backends/heap.py`)."""
+
 
 class Footprint(NamedTuple):
     """Bytes of one sample.
@@ -28,7 +31,8 @@ class Footprint(NamedTuple):
 
     def spare(self, samples: int) -> int:
         """Return how many bytes may be held besides the pairs."""
-        return samples * max(0, min(int(MOST * self.step) - self.pairs, self.pairs // EXTRA))
+        share = min(int(MOST * self.step) - self.pairs, self.pairs // EXTRA)
+        return max(0, samples * share, FREE - samples * max(self.step, self.pairs) if self.step else 0)
 
 
 NOTHING = Footprint(0, 0)

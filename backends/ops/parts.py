@@ -17,6 +17,7 @@ from torch import Tensor
 from backends.batch import Batch, apply, signature, size
 from backends.derived import chunks
 from backends.ops.choice import CHOSEN, TRIES, capturing, timed
+from backends.ops.footprint import FREE
 from backends.ops.live import peak
 from backends.ops.look import going_on
 
@@ -25,7 +26,6 @@ R = TypeVar("R")
 LEAST = 8  # samples in a part, unless memory asks for fewer
 MOST = 8  # parts, unless memory asks for more
 WITHIN = 1.3  # times the peak memory of an ordinary step
-FREE = 2**26  # bytes that may be taken in any case: a process on a CPU keeps as much of what it has freed
 EQUAL = 1.02  # times as long is as fast: then more parts are better, since they hold less
 LONG = 1.0  # seconds; what takes longer is timed once
 

@@ -5,7 +5,7 @@ at a time, so that memory stays bounded; a form overrides what it can have for l
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import TypeAlias
@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from backends.derived import Moments, Named, default_bytes, rows_of, slices, squares_of, weighted_sum, wide
+from backends.derived import Moments, default_bytes, rows_of, slices, squares_of, weighted_sum, wide
 from backends.heap import LARGEST
 from backends.ops.choice import capturing, fastest, with_kernels
 
@@ -74,7 +74,7 @@ class PerSample(ABC):
         return torch.cat(found) if len(found) > 1 else found[0]
 
     def part_of_squares(self) -> "Tensor | PerSample":
-        """Return ‖g_i‖² [N], or this one if it is best squared with those of other parameters: `Together`."""
+        """Return ‖g_i‖² [N], or this one if it is best squared with those of other parameters: `several.Together`."""
         return self.squares()
 
     def weighted(self, factors: Tensor, empty: Empty = fresh) -> Tensor:
@@ -226,32 +226,6 @@ class Outer(PerSample):
 
 
 WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
-
-
-class Together:
-    """What parameters add to ‖g_i‖², of small ones as gradients side by side: a call of an op costs more than its sums.
-
-    Args:
-        parts: By name, what `part_of_squares` returns.
-    """
-
-    def __init__(self, parts: Mapping[str, Tensor | PerSample]) -> None:
-        self._squares = [part for part in parts.values() if isinstance(part, Tensor)]
-        small = {name: part for name, part in parts.items() if not isinstance(part, Tensor)}
-        self._shapes = {name: part.shape for name, part in small.items()}
-        self._rows = [torch.cat([rows_of(g.rows(slice(None))) for g in small.values()], 1)] if small else []
-
-    def squares(self) -> Tensor:
-        """Return ‖g_i‖² [N] over all parameters."""
-        return sum_of([*self._squares, *(squares_of(rows) for rows in self._rows)])
-
-    def weighted(self, factors: Tensor) -> Named:
-        """Return Σ_i c_i g_i of the small ones by name, for factors c [N]."""
-        found: Named = {}
-        for rows in self._rows:
-            sums = weighted_sum(factors, rows).split([prod(shape) for shape in self._shapes.values()])
-            found |= {name: t.view(shape).clone() for (name, shape), t in zip(self._shapes.items(), sums, strict=True)}
-        return found
 
 
 def sum_of(parts: Iterable[Tensor]) -> Tensor:

@@ -1,11 +1,14 @@
-"""Gradients of several uses of one parameter, or of samples that were run one at a time, as one form."""
+"""Several at a time: uses of one parameter, samples that were run one at a time, small parameters side by side."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
-from backends.ops.persample import Empty, Outer, PerSample, fresh
+from backends.derived import Named, rows_of, squares_of, weighted_sum
+from backends.ops.persample import Empty, Outer, PerSample, fresh, sum_of
 
 
 @dataclass
@@ -50,6 +53,32 @@ class Stacked(PerSample):
         for single, factor in zip(self.singles, factors, strict=True):
             total += single.weighted(factor[None])
         return total
+
+
+class Together:
+    """What parameters add to ‖g_i‖², of small ones as gradients side by side: a call of an op costs more than its sums.
+
+    Args:
+        parts: By name, what `part_of_squares` returns.
+    """
+
+    def __init__(self, parts: Mapping[str, Tensor | PerSample]) -> None:
+        self._squares = [part for part in parts.values() if isinstance(part, Tensor)]
+        small = {name: part for name, part in parts.items() if not isinstance(part, Tensor)}
+        self._shapes = {name: part.shape for name, part in small.items()}
+        self._rows = [torch.cat([rows_of(g.rows(slice(None))) for g in small.values()], 1)] if small else []
+
+    def squares(self) -> Tensor:
+        """Return ‖g_i‖² [N] over all parameters."""
+        return sum_of([*self._squares, *(squares_of(rows) for rows in self._rows)])
+
+    def weighted(self, factors: Tensor) -> Named:
+        """Return Σ_i c_i g_i of the small ones by name, for factors c [N]."""
+        found: Named = {}
+        for rows in self._rows:
+            sums = weighted_sum(factors, rows).split([prod(shape) for shape in self._shapes.values()])
+            found |= {name: t.view(shape).clone() for (name, shape), t in zip(self._shapes.items(), sums, strict=True)}
+        return found
 
 
 def added(terms: list[PerSample], samples: int, like: Tensor) -> PerSample:
