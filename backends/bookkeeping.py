@@ -43,7 +43,7 @@ from backends.ops.choice import CHOSEN, kernels
 from backends.ops.pages import Pool, release
 from backends.ops.parts import InParts
 from backends.ops.passes import Passes, Way
-from backends.ops.persample import PerSample, sum_of
+from backends.ops.persample import PerSample
 from backends.ops.several import Together
 from backends.ops.traced import Compiled
 from backends.running import kept_random_state, library_call
@@ -51,7 +51,7 @@ from backends.running import kept_random_state, library_call
 R = TypeVar("R", Tensor, Named)
 T = TypeVar("T")
 Part: TypeAlias = Tensor | PerSample
-"""What a parameter adds to ‖g_i‖²: `PerSample.part_of_squares`."""
+"""What is wanted of a parameter's gradients, or these where they are small."""
 
 
 @register("bookkeeping")
@@ -103,7 +103,7 @@ class Bookkeeping(Backend):
             return Together(found).squares().sqrt()
 
         passes = self._passes(model, loss_fn)
-        return self._built(model, passes, lambda name, g: g.part_of_squares(), norms, torch.cat)
+        return self._built(model, passes, _or_small(lambda g: g.squares()), norms, torch.cat)
 
     def clipped_sum(self, model: nn.Module, loss_fn: LossFn, *, max_norm: Positive = 1.0) -> GradsFn:
         """Build Σ_i min(1, C/‖g_i‖) g_i from the same pairs as the norms."""
@@ -125,12 +125,18 @@ class Bookkeeping(Backend):
 
     def variance(self, model: nn.Module, loss_fn: LossFn) -> GradsFn:
         """Build 1/N Σ (g_i − ḡ)², some samples at a time."""
-        return self._built(model, self._passes(model, loss_fn), lambda name, g: g.variance(), _as_they_are)
+
+        def variance(found: dict[str, Part]) -> Named:
+            variances = Together(found).variances()
+            return {name: variances[name] for name in found}
+
+        passes = self._passes(model, loss_fn)
+        return self._built(model, passes, _or_small(lambda g: g.variance()), variance)
 
     def gram(self, model: nn.Module, loss_fn: LossFn) -> TensorFn:
         """Build ⟨g_i, g_j⟩, the sum over parameters."""
         passes = self._passes(model, loss_fn)
-        return self._built(model, passes, lambda name, g: g.gram(), lambda found: sum_of(found.values()))
+        return self._built(model, passes, _or_small(lambda g: g.gram()), lambda found: Together(found).gram())
 
     def _passes(self, model: nn.Module, loss_fn: LossFn) -> Passes:
         if self.triton:
@@ -195,6 +201,11 @@ def _refuse_without_triton(model: nn.Module) -> None:
         raise Unsupported(f"`model` (triton=True): it is on {device}; Triton's kernels need it on a CUDA device")
 
 
+def _or_small(wanted: Callable[[PerSample], Tensor]) -> Callable[[str, PerSample], Part]:
+    """Return what is wanted of a parameter's gradients, as a function that leaves small ones as they are."""
+    return lambda name, g: g if g.is_small() else wanted(g)
+
+
 class _Keep:
     """What a clipped sum keeps of each parameter's gradients until all norms are known, and their squares.
 
@@ -212,7 +223,7 @@ class _Keep:
         if held and (more := g.bytes() - held) <= max(0, min(held, spare)):
             self.extra += max(0, more)
             g = g.compact(2, self.pool.empty)
-        return g, g.part_of_squares()
+        return g, g if g.is_small() else g.squares()
 
 
 def _cast(result: Any, dtypes: Mapping[str, torch.dtype]) -> Any:  # noqa: ANN401  what `combine` returns

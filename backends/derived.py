@@ -102,6 +102,13 @@ class Moments:
         return self.squares.div_(self.samples).to(self.dtype)
 
 
+def variance_of(grads: Tensor) -> Tensor:
+    """Return 1/N Σ (g_i − ḡ)² [*shape] of per-sample gradients [N, *shape]."""
+    moments = Moments()
+    moments.add(grads)
+    return moments.variance()
+
+
 def gram(grads: GradsFn, most: int, held: int) -> TensorFn:
     """Return the function for ⟨g_i, g_j⟩ [N, N]: blocks of `held` samples, against all others `most` at a time.
 

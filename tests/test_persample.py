@@ -9,7 +9,7 @@ from backends.ops.choice import CHOSEN
 from backends.ops.conv import Correlation, by_patches, by_places, grouped
 from backends.ops.linear import Scattered
 from backends.ops.persample import Dense, Outer, PerSample
-from backends.ops.several import added
+from backends.ops.several import Together, added
 from tests.asserts import assert_close
 from tests.cases import DEVICE, N, real
 
@@ -52,6 +52,33 @@ def test_every_form_agrees_with_its_own_rows(name: str, at_a_time: int, monkeypa
     assert_close(form.weighted(factors), (factors @ flat).view(form.shape))
     assert_close(form.variance(), rows.var(0, correction=0))
     assert_close(form.gram(), flat @ flat.T)
+
+
+def test_small_parameters_together_agree_with_each_of_them() -> None:
+    small: dict[str, PerSample] = {"scalar": Dense(real(N)), "bias": Dense(real(N, 5)), "weight": Dense(real(N, 4, 5))}
+    large, factors = Outer(real(N, 2, 40), real(N, 2, 50)), real(N)
+    assert all(g.is_small() for g in small.values())
+    assert not any(g.is_small() for g in (large, Dense(real(N, 4097))))
+    everything: dict[str, PerSample] = {**small, "large": large}
+    rows = torch.cat([g.rows(slice(None)).reshape(N, -1) for g in everything.values()], 1)
+    assert_close(Together({**small, "large": large.squares()}).squares(), rows.square().sum(1))
+    assert_close(Together({**small, "large": large.gram()}).gram(), rows @ rows.T)
+    variances, sums = Together({**small, "large": large.variance()}).variances(), Together(small).weighted(factors)
+    for name, g in everything.items():
+        assert_close(variances[name], g.variance())
+        assert name == "large" or sums[name].untyped_storage().nbytes() == sums[name].nbytes, "memory of its own"
+    for name, g in small.items():
+        assert_close(sums[name], g.weighted(factors))
+    assert_close(Together({"large": large.squares()}).squares(), large.squares())
+    assert Together({}).weighted(factors) == {}
+
+
+def test_both_ways_to_the_norms_of_a_table_agree() -> None:
+    table = forms()["table"]
+    assert isinstance(table, Scattered)
+    table.squares()
+    assert CHOSEN[f"norms of 3 rows of a table 6×5, float64, {DEVICE.type}, 2 samples or more"] in ("sorted", "direct")
+    assert_close(table.squares_by_sorting(), table.rows(slice(None)).square().sum((1, 2)))
 
 
 @pytest.mark.parametrize("name", [name for name in forms() if "convolution" in name and "groups" not in name])

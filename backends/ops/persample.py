@@ -73,9 +73,9 @@ class PerSample(ABC):
         found = [squares_of(self.rows(some)) for some in self.parts()]
         return torch.cat(found) if len(found) > 1 else found[0]
 
-    def part_of_squares(self) -> "Tensor | PerSample":
-        """Return ‖g_i‖² [N], or this one if it is best squared with those of other parameters: `several.Together`."""
-        return self.squares()
+    def is_small(self) -> bool:
+        """Return whether it is best to do all at once what is wanted of this one and of others: `several.Together`."""
+        return False
 
     def weighted(self, factors: Tensor, empty: Empty = fresh) -> Tensor:
         """Return Σ_i c_i g_i [*shape] for factors c [N]; if it is large, perhaps in memory from `empty`."""
@@ -130,8 +130,8 @@ class Dense(PerSample):
     def grads(self, empty: Empty) -> Tensor:  # noqa: D102
         return self.tensor.contiguous()
 
-    def part_of_squares(self) -> Tensor | PerSample:  # noqa: D102
-        return self if prod(self.shape) <= SMALL else self.squares()
+    def is_small(self) -> bool:  # noqa: D102
+        return prod(self.shape) <= SMALL
 
     def parts(self) -> list[slice]:  # noqa: D102
         return [slice(0, self.samples)]

@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from backends.derived import Named, rows_of, squares_of, weighted_sum
+from backends.derived import Named, rows_of, squares_of, variance_of, weighted_sum
 from backends.ops.persample import Empty, Outer, PerSample, fresh, sum_of
 
 
@@ -56,29 +56,38 @@ class Stacked(PerSample):
 
 
 class Together:
-    """What parameters add to ‖g_i‖², of small ones as gradients side by side: a call of an op costs more than its sums.
+    """Small gradients of several parameters, side by side [N, numbers]: a call of an op costs more than its arithmetic.
 
     Args:
-        parts: By name, what `part_of_squares` returns.
+        parts: By name, small gradients, or what was wanted of others.
     """
 
     def __init__(self, parts: Mapping[str, Tensor | PerSample]) -> None:
-        self._squares = [part for part in parts.values() if isinstance(part, Tensor)]
-        small = {name: part for name, part in parts.items() if not isinstance(part, Tensor)}
-        self._shapes = {name: part.shape for name, part in small.items()}
+        small = {name: part for name, part in parts.items() if isinstance(part, PerSample)}
+        self._shapes = {name: g.shape for name, g in small.items()}
         self._rows = [torch.cat([rows_of(g.rows(slice(None))) for g in small.values()], 1)] if small else []
+        self._others = {name: part for name, part in parts.items() if isinstance(part, Tensor)}
 
     def squares(self) -> Tensor:
-        """Return ‖g_i‖² [N] over all parameters."""
-        return sum_of([*self._squares, *(squares_of(rows) for rows in self._rows)])
+        """Return ‖g_i‖² [N] over all parameters; of the others, what they add to it was wanted."""
+        return sum_of([*(squares_of(rows) for rows in self._rows), *self._others.values()])
 
     def weighted(self, factors: Tensor) -> Named:
         """Return Σ_i c_i g_i of the small ones by name, for factors c [N]."""
-        found: Named = {}
-        for rows in self._rows:
-            sums = weighted_sum(factors, rows).split([prod(shape) for shape in self._shapes.values()])
-            found |= {name: t.view(shape).clone() for (name, shape), t in zip(self._shapes.items(), sums, strict=True)}
-        return found
+        return self._by_name([weighted_sum(factors, rows) for rows in self._rows])
+
+    def variances(self) -> Named:
+        """Return 1/N Σ (g_i − ḡ)² by name; of the others, that was wanted."""
+        return self._by_name([variance_of(rows) for rows in self._rows]) | self._others
+
+    def gram(self) -> Tensor:
+        """Return ⟨g_i, g_j⟩ [N, N] over all parameters; of the others, what they add to it was wanted."""
+        return sum_of([*(rows @ rows.mT for rows in self._rows), *self._others.values()])
+
+    def _by_name(self, found: list[Tensor]) -> Named:
+        pieces = [piece for t in found for piece in t.split([prod(shape) for shape in self._shapes.values()])]
+        shaped = zip(self._shapes.items(), pieces, strict=True)
+        return {name: piece.view(shape).clone() for (name, shape), piece in shaped}
 
 
 def added(terms: list[PerSample], samples: int, like: Tensor) -> PerSample:
