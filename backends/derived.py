@@ -86,15 +86,14 @@ class Moments:
     def add(self, g: Tensor) -> None:
         """Take the gradients [n, *shape] of further samples."""
         self.dtype, g, n = g.dtype, g.to(wide(g.dtype)), len(g)
-        mean = g.mean(0) if n > 1 else g[0]
+        mean = g.mean(0)
+        squares = g.sub(mean).square_().sum(0)  # torch.var takes ten times as long along the first axis on a CPU
         if not self.samples:
-            self.mean, self.squares = mean.clone(), torch.zeros_like(mean)
-        if n > 1:  # torch.var would do, but takes ten times as long along the first axis on a CPU
-            self.squares += g.sub(mean).square_().sum(0)
-        if self.samples:
+            self.mean, self.squares = mean, squares
+        else:
             gap, total = mean - self.mean, self.samples + n
             self.mean.add_(gap, alpha=n / total)
-            self.squares.addcmul_(gap, gap, value=self.samples * n / total)
+            self.squares.add_(squares).addcmul_(gap, gap, value=self.samples * n / total)
         self.samples += n
 
     def variance(self) -> Tensor:

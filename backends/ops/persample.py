@@ -181,9 +181,16 @@ class Outer(PerSample):
         return fastest(ways, f"norms of {positions} products {p}×{d}", self.samples, self.like)
 
     def variance(self) -> Tensor:
-        """Return 1/N Σ (g_i − ḡ)²; of single vectors as a difference of moments, in a dtype that bears it."""
+        """Return 1/N Σ (g_i − ḡ)²; of single vectors perhaps as a difference of moments."""
         if self.left.shape[1] > 1 or self.like.dtype not in WIDER:
             return super().variance()
+        ways = {"moments": self.variance_by_moments}
+        if self.bytes() <= bytes_at_a_time(self.like):
+            ways["direct"] = super().variance
+        return fastest(ways, f"variance of products {self.shape[0]}×{self.shape[1]}", self.samples, self.like)
+
+    def variance_by_moments(self) -> Tensor:
+        """Return 1/N Σ (g_i − ḡ)² of single vectors as a difference of moments, in a dtype that bears it."""
         left, right = (t[:, 0].to(WIDER[self.like.dtype]) for t in (self.left, self.right))
         found, (p, d) = self.like.new_empty(self.shape), self.shape
         for some in at_a_time(p, 2 * d * left.element_size(), self.like):
