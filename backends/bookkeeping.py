@@ -38,12 +38,12 @@ from backends.base import (
 )
 from backends.batch import Batch
 from backends.derived import wide
-from backends.heap import keep_freed
+from backends.heap import LARGEST, keep_freed
 from backends.ops.choice import CHOSEN, kernels
 from backends.ops.pages import Pool, release
 from backends.ops.parts import InParts
 from backends.ops.passes import Passes, Way
-from backends.ops.persample import PerSample
+from backends.ops.persample import PerSample, fresh
 from backends.ops.several import Together
 from backends.ops.traced import Compiled
 from backends.running import kept_random_state, library_call
@@ -87,11 +87,10 @@ class Bookkeeping(Backend):
         """Build the passes that make every g_i; see the contract."""
         pool = Pool()
 
-        def memory(name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-            return pool.same(name, shape, like) if self.reuse_buffers else pool.empty(shape, like)
-
         def written(name: str, g: PerSample) -> Tensor:
-            return g.grads(partial(memory, name)).contiguous()
+            if self.reuse_buffers:
+                return g.grads(partial(pool.same, name)).contiguous()
+            return g.grads(pool.empty if g.bytes() > LARGEST else fresh).contiguous()
 
         fn = self._built(model, self._passes(model, loss_fn), written, _as_they_are)
         return lambda inputs, targets: _apart(fn(inputs, targets))

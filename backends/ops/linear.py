@@ -19,7 +19,12 @@ FEW = 8
 
 def vectors(x: Tensor) -> Tensor:
     """Return [N, ..., d] as [N, T, d]."""
-    return x.reshape(x.shape[0], -1, x.shape[-1])
+    return x if x.dim() == 3 else x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def summed(g: Tensor) -> Dense:
+    """Return the gradients [N, p] of a bias that was added to T vectors [N, T, p] of a sample."""
+    return Dense(g[:, 0] if g.shape[1] == 1 else g.sum(1))
 
 
 def _is_matrix(arguments: Mapping[str, Any]) -> bool:
@@ -36,7 +41,7 @@ def _adds_a_row(arguments: Mapping[str, Any]) -> bool:
 def linear(g: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Pieces:
     """For y = x Wᵀ + b."""
     g = vectors(g)
-    return {"weight": Outer(g, vectors(input)), **({} if bias is None else {"bias": Dense(g.sum(1))})}
+    return {"weight": Outer(g, vectors(input)), **({} if bias is None else {"bias": summed(g)})}
 
 
 @rule(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__, covers=_is_matrix)
@@ -51,7 +56,7 @@ def matmul(g: Tensor, input: Tensor, weight: Tensor) -> Pieces:
 )
 def addmm(g: Tensor, bias: Tensor, input: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Pieces:
     """For y = b + x W."""
-    return {"weight": Outer(vectors(input), vectors(g)), "bias": Dense(vectors(g).sum(1))}
+    return {"weight": Outer(vectors(input), vectors(g)), "bias": summed(vectors(g))}
 
 
 @dataclass

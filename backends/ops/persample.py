@@ -167,7 +167,8 @@ class Outer(PerSample):
         return (self.left.numel() + self.right.numel()) * self.like.element_size()
 
     def grads(self, empty: Empty) -> Tensor:  # noqa: D102
-        return outer(self.left, self.right, out=empty((self.samples, *self.shape), self.like))
+        out = None if empty is fresh else empty((self.samples, *self.shape), self.like)
+        return outer(self.left, self.right, out)
 
     def squares(self) -> Tensor:  # noqa: D102
         positions, (p, d) = self.left.shape[1], self.shape
