@@ -77,7 +77,7 @@ def test_every_form_of_more_than_one_sample_is_looked_at_once() -> None:
 
 def held(samples: int, each: int) -> list[Tensor]:
     """Return tensors that take so many bytes a sample."""
-    return [torch.zeros(each, dtype=torch.uint8, device=DEVICE) + 0 for _ in range(samples)]
+    return [torch.zeros(each, dtype=torch.uint8, device=DEVICE) for _ in range(samples)]
 
 
 @pytest.mark.parametrize(("each", "parts"), [(12, 1), (14, 2), (40, 4), (300, 16)])
@@ -95,6 +95,21 @@ def test_there_are_as_many_parts_as_memory_asks_for(each: int, parts: int, monke
     found = InParts(run, step, torch.cat, "held")
     found.choose(real(16, 5), real(16))
     assert list(found.counts.values()) == [parts]
+
+
+def test_there_are_no_more_parts_than_save_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a result takes, parts do not make less."""
+    monkeypatch.setattr("backends.ops.parts.FREE", 0)
+    monkeypatch.setattr(InParts, "_seconds", lambda self, counts, *batch: {counts[0]: 1.0, counts[1]: 2.0})
+
+    def run(inputs: Batch, targets: Tensor) -> Tensor:
+        assert held(1, 90000)
+        assert held(1, 50000) + held(len(targets), 10000)
+        return targets
+
+    found = InParts(run, lambda inputs, targets: held(1, 1000), torch.cat, "held")
+    found.choose(real(16, 5), real(16))
+    assert list(found.counts.values()) == [4]
 
 
 def test_memory_that_a_process_keeps_anyway_is_no_reason_for_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,18 +81,15 @@ class Scattered(PerSample):
         return self.index.nbytes + self.values.nbytes
 
     def rows(self, some: slice) -> Tensor:  # noqa: D102
-        n = len(range(self.samples)[some])
-        return self._tables(some, self.values.new_zeros(n * self.height, self.shape[1]))
+        return self._tables(some, self.values.new_zeros(len(range(self.samples)[some]), *self.shape))
 
     def grads(self, empty: Empty) -> Tensor:  # noqa: D102
-        return self._tables(slice(None), empty((self.samples * self.height, self.shape[1]), self.like).zero_())
+        return self._tables(slice(None), empty((self.samples, *self.shape), self.like).zero_())
 
     def _tables(self, some: slice, out: Tensor) -> Tensor:
-        """Return the gradients of some samples in memory [n · V, D] of zeros."""
-        index, values = self.index[some], self.values[some]
-        first = self.height * torch.arange(len(index), device=index.device)[:, None]
-        out.index_add_(0, (index + first).flatten(), values.flatten(0, 1))
-        return out.view(len(index), *self.shape)
+        """Return the gradients of some samples [n, V, D] in memory of zeros."""
+        values = self.values[some]
+        return out.scatter_add_(1, self.index[some, :, None].expand_as(values), values)
 
     def squares(self) -> Tensor:  # noqa: D102
         (n, t), (height, width) = self.index.shape, self.shape

@@ -26,6 +26,7 @@ R = TypeVar("R")
 LEAST = 8  # samples in a part, unless memory asks for fewer
 MOST = 8  # parts, unless memory asks for more
 WITHIN = 1.3  # times the peak memory of an ordinary step
+SAVES = 0.9  # times the memory, or less, that twice as many parts must take to be worth it
 EQUAL = 1.02  # times as long is as fast: then more parts are better, since they hold less
 LONG = 1.0  # seconds; what takes longer is timed once
 
@@ -73,17 +74,22 @@ class InParts(Generic[R]):
         def taken(function: Callable[[Batch, Tensor], object]) -> float:
             return peak(partial(function, *_copies(inputs, targets)))
 
-        count, most = 1, inf
+        best, most = 1, inf
         with suppress(torch.OutOfMemoryError):
             self.run(*_copies(inputs, targets))  # new ways are tried now, and take memory of their own
         with going_on():  # what cannot be measured has no bound
-            if taken(self.run) <= FREE:
-                return count
+            if (least := taken(self.run)) <= FREE:
+                return best
             with going_on():  # a step of a whole batch may fail where samples alone do not
                 most = max(FREE, WITHIN * taken(self.step))
-            while count < size(inputs) and not taken(partial(self._in, count)) < most:
-                count = min(2 * count, size(inputs))
-        return count
+            for count in _doublings(size(inputs)):
+                if least < most:
+                    break
+                now = taken(partial(self._in, count))
+                if now > SAVES * least:  # a gradient of all parameters may be more than what samples take
+                    break
+                best, least = count, now
+        return best
 
     def _in(self, count: int, inputs: Batch, targets: Tensor) -> R:
         if count == 1:
@@ -102,6 +108,11 @@ class InParts(Generic[R]):
             if attempt > 0 and max(found.values()) > LONG:
                 break
         return found
+
+
+def _doublings(n: int) -> list[int]:
+    """Return 2, 4, … up to N."""
+    return [*(1 << k for k in range(1, (n - 1).bit_length())), n]
 
 
 def _copies(inputs: Batch, targets: Tensor) -> tuple[Batch, Tensor]:
