@@ -68,6 +68,7 @@ def test_gradients_are_kept_where_there_is_memory_to_spare(
     weighted = Outer.weighted
     monkeypatch.setattr(Outer, "weighted", lambda self, *args: seen.append(self) or weighted(self, *args))
     monkeypatch.setattr(Footprint, "spare", lambda self, samples: spare)
+    monkeypatch.setattr("backends.ops.persample.LITTLE", 0)
     model = nn.Sequential(linear(16, 16), nn.Tanh(), linear(16, 16)).to(DEVICE, torch.float64)
     inputs, targets = real(5, 6, 16), real(5)  # 192 numbers of a pair, 256 of a gradient
     fn = get_backend("bookkeeping").clipped_sum(model, squares, max_norm=0.1)
@@ -99,8 +100,8 @@ def transformer() -> tuple[nn.Module, Tensor]:
 def test_memory_stays_near_that_of_an_ordinary_step(
     quantity: str, problem: Callable[[], tuple[nn.Module, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("footprint", "parts"):
-        monkeypatch.setattr(f"backends.ops.{module}.FREE", 0)
+    for free in ("footprint.FREE", "parts.FREE", "persample.LITTLE"):
+        monkeypatch.setattr(f"backends.ops.{free}", 0)
     monkeypatch.setattr(InParts, "_seconds", lambda self, counts, *batch: {counts[0]: 1.0, counts[1]: 2.0})
     model, inputs = problem()
     model, targets = model.to(DEVICE, torch.float64), real(len(inputs))

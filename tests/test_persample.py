@@ -54,11 +54,15 @@ def test_every_form_agrees_with_its_own_rows(name: str, at_a_time: int, monkeypa
     assert_close(form.gram(), flat @ flat.T)
 
 
-def test_small_parameters_together_agree_with_each_of_them() -> None:
+def test_small_parameters_together_agree_with_each_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     small: dict[str, PerSample] = {"scalar": Dense(real(N)), "bias": Dense(real(N, 5)), "weight": Dense(real(N, 4, 5))}
     large, factors = Outer(real(N, 2, 40), real(N, 2, 50)), real(N)
     assert all(g.is_small() for g in small.values())
-    assert not any(g.is_small() for g in (large, Dense(real(N, 4097))))
+    assert large.is_small(), "with few samples"
+    monkeypatch.setattr("backends.ops.persample.LITTLE", 8 * N * 2000 - 1)
+    assert not large.is_small()
+    assert not Dense(real(N, 4097)).is_small()
+    small["products"] = Outer(real(N, 2, 4), real(N, 2, 5))
     everything: dict[str, PerSample] = {**small, "large": large}
     rows = torch.cat([g.rows(slice(None)).reshape(N, -1) for g in everything.values()], 1)
     assert_close(Together({**small, "large": large.squares()}).squares(), rows.square().sum(1))

@@ -25,6 +25,9 @@ AT_A_TIME_ELSEWHERE = 2**28
 SMALL = 4096
 """Numbers in a parameter, of biases and the like, up to which a call of an op costs more than what it computes."""
 
+LITTLE = 2**17
+"""Bytes of all gradients of a parameter, up to which the same holds of those that are not there yet."""
+
 Empty: TypeAlias = Callable[[tuple[int, ...], Tensor], Tensor]
 """(shape, like) -> memory for a result, of the dtype and on the device of `like`."""
 
@@ -75,7 +78,7 @@ class PerSample(ABC):
 
     def is_small(self) -> bool:
         """Return whether it is best to do all at once what is wanted of this one and of others: `several.Together`."""
-        return False
+        return self.bytes() <= LITTLE
 
     def weighted(self, factors: Tensor, empty: Empty = fresh) -> Tensor:
         """Return Σ_i c_i g_i [*shape] for factors c [N]; if it is large, perhaps in memory from `empty`."""
@@ -131,7 +134,7 @@ class Dense(PerSample):
         return self.tensor.contiguous()
 
     def is_small(self) -> bool:  # noqa: D102
-        return prod(self.shape) <= SMALL
+        return prod(self.shape) <= SMALL or super().is_small()
 
     def parts(self) -> list[slice]:  # noqa: D102
         return [slice(0, self.samples)]
