@@ -219,7 +219,7 @@ class _Keep:
     def __call__(self, name: str, g: PerSample) -> tuple[PerSample, Part]:
         held = g.held()
         spare = self.passes.footprint.spare(g.samples) - self.extra
-        if held and (more := g.bytes() - held) <= max(0, min(held, spare)):
+        if held and (more := g.bytes() - held) <= min(held, spare):
             self.extra += max(0, more)
             g = g.compact(2, self.pool.empty)
         return g, g if g.is_small() else g.squares()

@@ -5,9 +5,11 @@ import weakref
 import pytest
 import torch
 
-from backends import backend_class
+from backends import backend_class, get_backend
 from backends.heap import LARGEST
 from backends.ops.pages import Pool
+from tests.asserts import assert_close
+from tests.cases import linear, real, squares
 
 pytestmark = pytest.mark.usefixtures("own_random_state")
 
@@ -30,6 +32,22 @@ def test_memory_that_is_kept_for_results_is_given_back_when_asked() -> None:
     backend_class("bookkeeping").release()
     assert [block() for block in blocks] == [None, None]
     assert not pool._blocks
+
+
+@pytest.mark.parametrize("quantity", ["grads", "clipped_sum"])
+def test_large_results_are_in_memory_of_the_pool(quantity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("bookkeeping", "ops.pages", "ops.persample"):
+        monkeypatch.setattr(f"backends.{module}.LARGEST", 0)
+    monkeypatch.setattr("backends.ops.persample.LITTLE", 0)
+    taken: list[int] = []
+    block = Pool._block
+    monkeypatch.setattr(Pool, "_block", lambda self, size: taken.append(size) or block(self, size))
+    model = linear(5, 4).to("cpu", torch.float64)
+    fn = getattr(get_backend("bookkeeping"), quantity)(model, squares)
+    inputs, targets = real(2, 5).cpu(), real(2).cpu()
+    found = fn(inputs, targets)
+    assert found["weight"].nbytes in taken
+    assert_close(found["weight"], getattr(get_backend("naive"), quantity)(model, squares)(inputs, targets)["weight"])
 
 
 def test_memory_outlives_its_pool() -> None:

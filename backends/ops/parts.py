@@ -74,14 +74,13 @@ class InParts(Generic[R]):
         def taken(function: Callable[[Batch, Tensor], object]) -> float:
             return peak(partial(function, *_copies(inputs, targets)))
 
-        best, most = 1, inf
+        best = 1
         with suppress(torch.OutOfMemoryError):
             self.run(*_copies(inputs, targets))  # new ways are tried now, and take memory of their own
-        with going_on():  # what cannot be measured has no bound
+        with going_on():  # a step of a whole batch may fail where samples alone do not: then there is no bound
             if (least := taken(self.run)) <= FREE:
                 return best
-            with going_on():  # a step of a whole batch may fail where samples alone do not
-                most = max(FREE, WITHIN * taken(self.step))
+            most = max(FREE, WITHIN * taken(self.step))
             for count in _doublings(size(inputs)):
                 if least < most:
                     break
