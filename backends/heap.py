@@ -14,7 +14,7 @@ _NOT_GLIBC = AttributeError, OSError, TypeError  # TypeError on Windows
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
 
-_KEPT = 2 * LARGEST
+KEPT = 2 * LARGEST
 """As much as glibc keeps once it has freed a block of the largest size. If it were more, even larger ones might fit."""
 
 
@@ -23,7 +23,7 @@ def keep_freed() -> None:
     with suppress(*_NOT_GLIBC):
         libc = ctypes.CDLL(None)
         libc.mallopt(_MMAP_THRESHOLD, LARGEST)
-        libc.mallopt(_TRIM_THRESHOLD, _KEPT)
+        libc.mallopt(_TRIM_THRESHOLD, KEPT)
 
 
 def give_back() -> None:

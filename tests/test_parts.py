@@ -75,6 +75,14 @@ def test_every_form_of_more_than_one_sample_is_looked_at_once() -> None:
     assert not parts.knows(real(16, 6), real(16))
 
 
+def test_time_alone_divides_no_batch_into_very_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(InParts, "_seconds", lambda self, counts, *batch: {counts[0]: 2.0, counts[1]: 1.0})
+    for samples, best in [(15, 1), (16, 2), (31, 2), (32, 4)]:
+        parts = InParts(lambda inputs, targets: targets, lambda inputs, targets: targets, torch.cat, "small")
+        parts.choose(real(samples, 5), real(samples))
+        assert list(parts.counts.values()) == [best]
+
+
 def held(samples: int, each: int) -> list[Tensor]:
     """Return tensors that take so many bytes a sample."""
     return [torch.zeros(each, dtype=torch.uint8, device=DEVICE) for _ in range(samples)]

@@ -77,6 +77,16 @@ def test_small_parameters_together_agree_with_each_of_them(monkeypatch: pytest.M
     assert Together({}).weighted(factors) == {}
 
 
+@pytest.mark.filterwarnings("error:Casting complex values")
+def test_parameters_of_several_dtypes_are_not_cast_to_each_other() -> None:
+    dtypes = torch.complex128, torch.float64, torch.float32, torch.float64
+    small = {f"{i} {dtype}": Dense(real(N, 5).to(dtype)) for i, dtype in enumerate(dtypes)}
+    together = Together(small)
+    for found in (together.weighted(real(N)), together.variances()):
+        assert found.keys() == small.keys()
+        assert all(found[name].dtype == g.like.dtype for name, g in small.items())
+
+
 def test_both_ways_to_the_norms_of_a_table_agree() -> None:
     table = forms()["table"]
     assert isinstance(table, Scattered)

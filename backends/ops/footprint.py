@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from backends.heap import KEPT
 from backends.ops.persample import PerSample
 
 MOST = 1.25
@@ -14,8 +15,8 @@ MOST = 1.25
 EXTRA = 4
 """A quarter of the pairs may be held besides: where they are few, other things are held when most of them are."""
 
-FREE = 2**26
-"""Bytes that may be held in any case: a process on a CPU keeps as much of what it has freed (`backends/heap.py`)."""
+FREE = KEPT
+"""Bytes that may be held in any case: a process on a CPU keeps as much of what it has freed."""
 
 
 class Footprint(NamedTuple):

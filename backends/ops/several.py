@@ -58,15 +58,21 @@ class Stacked(PerSample):
 class Together:
     """Small gradients of several parameters, side by side [N, numbers]: a call of an op costs more than its arithmetic.
 
+    Those of one dtype are put together.
+
     Args:
         parts: By name, small gradients, or what was wanted of others.
     """
 
     def __init__(self, parts: Mapping[str, Tensor | PerSample]) -> None:
-        small = {name: part for name, part in parts.items() if isinstance(part, PerSample)}
-        self._shapes = {name: g.shape for name, g in small.items()}
-        self._rows = [torch.cat([rows_of(g.rows(slice(None))) for g in small.values()], 1)] if small else []
+        small = [(name, part) for name, part in parts.items() if isinstance(part, PerSample)]
         self._others = {name: part for name, part in parts.items() if isinstance(part, Tensor)}
+        self._shapes: list[dict[str, tuple[int, ...]]] = []
+        self._rows: list[Tensor] = []
+        for dtype in dict.fromkeys(g.like.dtype for _, g in small):
+            alike = {name: g for name, g in small if g.like.dtype == dtype}
+            self._shapes.append({name: g.shape for name, g in alike.items()})
+            self._rows.append(torch.cat([rows_of(g.rows(slice(None))) for g in alike.values()], 1))
 
     def squares(self) -> Tensor:
         """Return ‖g_i‖² [N] over all parameters; of the others, what they add to it was wanted."""
@@ -85,9 +91,12 @@ class Together:
         return sum_of([*(rows @ rows.mT for rows in self._rows), *self._others.values()])
 
     def _by_name(self, found: list[Tensor]) -> Named:
-        pieces = [piece for t in found for piece in t.split([prod(shape) for shape in self._shapes.values()])]
-        shaped = zip(self._shapes.items(), pieces, strict=True)
-        return {name: piece.view(shape).clone() for (name, shape), piece in shaped}
+        named: Named = {}
+        for shapes, t in zip(self._shapes, found, strict=True):
+            pieces = t.split([prod(shape) for shape in shapes.values()])
+            shaped = zip(shapes.items(), pieces, strict=True)
+            named |= {name: piece.view(shape).clone() for (name, shape), piece in shaped}
+        return named
 
 
 def added(terms: list[PerSample], samples: int, like: Tensor) -> PerSample:
