@@ -30,7 +30,6 @@ from backends.base import (
     Named,
     Positive,
     TensorFn,
-    Unsupported,
     clip_factors,
     own_copy,
     register,
@@ -39,7 +38,7 @@ from backends.base import (
 from backends.batch import Batch
 from backends.derived import wide
 from backends.heap import LARGEST, keep_freed
-from backends.ops.choice import CHOSEN, kernels
+from backends.ops.choice import CHOSEN, fastest_name, kernels, with_kernels
 from backends.ops.pages import Pool, release
 from backends.ops.parts import InParts
 from backends.ops.passes import Passes, Way
@@ -61,13 +60,13 @@ class Bookkeeping(Backend):
 
     Options:
         reuse_buffers: `grads` writes large results where those of its call before are: they are valid until then.
-        triton: Measure a Triton kernel too, where there are several ways (CUDA only). It has not run on a GPU yet.
+        triton: Measure Triton's kernels too, where there are several ways: on a CUDA device, where Triton is installed.
     """
 
     own_modes: ClassVar[frozenset[str]] = frozenset({"compile"})  # ops are recorded first
 
     reuse_buffers: bool = False
-    triton: bool = False
+    triton: bool = True
 
     @property
     def keeps_results(self) -> bool:
@@ -138,8 +137,6 @@ class Bookkeeping(Backend):
         return self._built(model, passes, _or_small(lambda g: g.gram()), lambda found: Together(found).gram())
 
     def _passes(self, model: nn.Module, loss_fn: LossFn) -> Passes:
-        if self.triton:
-            _refuse_without_triton(model)
         return Passes(own_copy(model), loss_fn)
 
     def _built(
@@ -190,16 +187,6 @@ class Bookkeeping(Backend):
         return fn
 
 
-def _refuse_without_triton(model: nn.Module) -> None:
-    device = next(iter(trainable(model).values())).device if trainable(model) else torch.device("cpu")
-    try:
-        import triton
-    except ModuleNotFoundError:
-        raise Unsupported("`model` (triton=True): Triton is not installed; pip install triton") from None
-    if device.type != "cuda" and not triton.knobs.runtime.interpret:
-        raise Unsupported(f"`model` (triton=True): it is on {device}; Triton's kernels need it on a CUDA device")
-
-
 def _or_small(wanted: Callable[[PerSample], Tensor]) -> Callable[[str, PerSample], Part]:
     """Return what is wanted of a parameter's gradients, as a function that leaves small ones as they are."""
     return lambda name, g: g if g.is_small() else wanted(g)
@@ -219,10 +206,21 @@ class _Keep:
     def __call__(self, name: str, g: PerSample) -> tuple[PerSample, Part]:
         held = g.held()
         spare = self.passes.footprint.spare(g.samples) - self.extra
-        if held and (more := g.bytes() - held) <= min(held, spare):
+        if held and (more := g.bytes() - held) <= min(held, spare) and self._pays(g):
             self.extra += max(0, more)
             g = g.compact(2, self.pool.empty)
         return g, g if g.is_small() else g.squares()
+
+    def _pays(self, g: PerSample) -> bool:
+        """Return whether keeping takes less time; it does where norms cannot be had without making gradients."""
+        if not with_kernels(g.like) or g.is_small():
+            return True
+
+        def weighted(g: PerSample) -> Tensor:
+            return g.weighted(g.squares())
+
+        ways = {"kept": lambda: weighted(g.compact(2)), "made anew": lambda: weighted(g)}
+        return fastest_name(ways, f"clipped sums of {g.geometry()}", g.samples, g.like) == "kept"
 
 
 def _cast(result: Any, dtypes: Mapping[str, torch.dtype]) -> Any:  # noqa: ANN401  what `combine` returns

@@ -88,7 +88,7 @@ class Executed(Backend):
             fn = _autocast(fn, device, getattr(torch, str(self.inner.autocast)), model)
         if "chunk_size" in self.modes and self.inner.chunk_size:
             fn = self._chunked(fn, quantity, self.inner.chunk_size)
-        return graphed(fn) if "cuda_graph" in self.modes else fn
+        return graphed(fn, kept=self.keeps_results) if "cuda_graph" in self.modes else fn
 
     def _chunked(self, fn: Fn, quantity: str, most: int) -> Fn:
         if quantity not in MERGED:

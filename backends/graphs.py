@@ -28,15 +28,21 @@ def recording() -> bool:
     return _RECORDING.get()
 
 
-def graphed(fn: Callable[[Batch, Tensor], Any]) -> Callable[[Batch, Tensor], Any]:
-    """Return a function whose calls are replayed from graphs; its results are copies, valid after the next call."""
+def graphed(fn: Callable[[Batch, Tensor], Any], *, kept: bool = True) -> Callable[[Batch, Tensor], Any]:
+    """Return a function whose calls are replayed from graphs.
+
+    Args:
+        fn: The function.
+        kept: Whether its results stay valid after the next call, as copies; else they are the graph's own memory.
+    """
     graphs: dict[object, _Graph] = {}
 
     def run(inputs: Batch, targets: Tensor) -> Any:  # noqa: ANN401  as the function
         form = (signature(inputs), size(inputs), signature(targets))
         if form not in graphs:
             graphs[form] = _record(fn, inputs, targets)
-        return graphs[form].replay(inputs, targets)
+        result = graphs[form].replay(inputs, targets)
+        return tree_map(torch.clone, result) if kept else result
 
     return run
 
@@ -52,7 +58,7 @@ class _Graph:
         for static, t in zip([*tensors(self.inputs), self.targets], [*tensors(inputs), targets], strict=True):
             static.copy_(t)
         self.graph.replay()
-        return tree_map(torch.clone, self.result)
+        return self.result
 
 
 def _record(fn: Callable[[Batch, Tensor], Any], inputs: Batch, targets: Tensor) -> _Graph:

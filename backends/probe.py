@@ -176,7 +176,9 @@ class _Watch(TorchFunctionMode):
         use = Use(samples=self.samples, sample=self.sample, counts=counts, **about)
         self.uses.append(use)
 
-        def look(grad: Tensor, where: Rows) -> None:
+        def look(grad: Tensor | None, where: Rows) -> None:
+            if grad is None:  # of several results, those that were not used may have none
+                return
             if self.backward:
                 use.strays += [i for i in where.reached(grad) if i != self.sample]
             else:

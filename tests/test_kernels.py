@@ -1,17 +1,17 @@
-"""The Triton kernel against float64: on a GPU where there is one, else in Triton's interpreter, in another process."""
+"""The Triton kernels against float64: on a GPU where there is one, else in Triton's interpreter, in another process."""
 
 import os
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from backends import get_backend
-from backends.base import Unsupported
 from backends.ops.choice import CHOSEN
 from backends.ops.conv import Correlation, grouped
 from tests.cases import DEVICE, Functional, linear, squares
@@ -65,7 +65,41 @@ def test_gradients_and_norms_of_convolutions_are_those_of_float64(name: str, dty
 
 
 @runs
-def test_a_backend_that_asks_for_it_measures_it_and_is_right() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])])
+@pytest.mark.parametrize("form", ["samples first", "positions last", "one position"])
+@pytest.mark.parametrize(("positions", "p", "d"), [(5, 3, 17), (70, 150, 40)])
+def test_norms_of_products_are_those_of_float64(positions: int, p: int, d: int, form: str, dtype: torch.dtype) -> None:
+    from backends.ops.persample import Outer
+
+    positions = 1 if form == "one position" else positions
+    left, right = (torch.randn(N, positions, width).to(DEVICE, dtype) for width in (p, d))
+    if form == "positions last":
+        left, right = (t.mT.contiguous().mT for t in (left, right))
+    exact = (left.double().mT @ right.double()).flatten(1).square().sum(1)
+    found = Outer(left, right).squares_fused()
+    assert found.dtype == torch.float32
+    assert (found.double() / exact - 1).abs().max() <= 1e-6
+
+
+@runs
+@pytest.mark.parametrize("name", [name for name, geometry in GEOMETRIES.items() if geometry[-1] == 1])
+def test_norms_by_patches_are_those_of_float64(name: str) -> None:
+    form = correlation(name, torch.float32)
+    exact = grouped(Correlation(form.x.double(), form.y.double(), *list(vars(form).values())[2:7]))
+    assert (form.squares_by_patches().double() / exact.flatten(1).square().sum(1) - 1).abs().max() <= 1e-6
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="the interpreter warns of infinity times a tile's zeros")
+def test_infinity_is_no_number_that_could_be_clipped_by() -> None:
+    from backends.ops.kernels import squares_of_products
+
+    left = torch.tensor([[[1.0]], [[torch.inf]], [[torch.nan]]], device=DEVICE)
+    found = squares_of_products(left, torch.ones_like(left))
+    assert found.isfinite().tolist() == [True, False, False]
+
+
+@runs
+def test_a_backend_measures_them_and_is_right() -> None:
     conv = nn.Conv2d(2, 3, 3).to(DEVICE)
     model = Functional(lambda s, x: s.a(s.c(x[:, None].expand(-1, 2, -1, -1)).flatten(2)).sin(), c=conv, a=linear(9, 4))
     model.to(DEVICE, torch.float32)
@@ -73,7 +107,7 @@ def test_a_backend_that_asks_for_it_measures_it_and_is_right() -> None:
     for quantity in ("grads", "norms", "clipped_sum"):
         ours, loop = (
             getattr(get_backend(name, **options), quantity)(model, squares)
-            for name, options in (("bookkeeping", {"triton": True}), ("naive", {}))
+            for name, options in (("bookkeeping", {}), ("naive", {}))
         )
         for _ in range(2):
             torch.testing.assert_close(ours(inputs, targets), loop(inputs, targets), rtol=1e-4, atol=1e-5)
@@ -86,18 +120,26 @@ def test_it_is_right_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "11 passed" in done.stdout
+    assert "27 passed" in done.stdout
+
+
+def compiled(kernel: Any, constants: dict[str, Any], kinds: dict[str, Any]) -> Any:
+    """Return a kernel compiled for an H100, which need not be here."""
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in kernel.arg_names}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Triton about its own defaults
+        return compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 @pytest.mark.parametrize("norms_alone", [False, True])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_it_compiles_for_a_gpu_that_is_not_here(dtype: str, norms_alone: bool, precision: str) -> None:
-    from triton import compile
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def test_convolutions_compile_for_a_gpu_that_is_not_here(dtype: str, norms_alone: bool, precision: str) -> None:
     from backends.ops.kernels import _product
 
     constants = {"SQUARES": norms_alone, "HEIGHT": 64, "WIDTH": 64, "DEPTH": 32, "PRECISION": precision}
@@ -105,15 +147,27 @@ def test_it_compiles_for_a_gpu_that_is_not_here(dtype: str, norms_alone: bool, p
     tuples = {"x_stride": 6, "y_stride": 6, **dict.fromkeys(("size", "out_size", "kernel"), 3)}
     tuples |= dict.fromkeys(("stride", "padding", "dilation"), 3)
     kinds = {**pointers, **{name: ("i32",) * length for name, length in tuples.items()}}
-    signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in _product.arg_names}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Triton about its own defaults
-        made = compile(ASTSource(_product, signature, constants), target=GPUTarget("cuda", 90, 32))
-    assert made.metadata.shared < 2**16
+    assert compiled(_product, constants, kinds).metadata.shared < 2**16
 
 
-@pytest.mark.skipif(INTERPRETED or DEVICE.type == "cuda", reason="there it is not refused")
-def test_it_is_refused_where_it_cannot_run() -> None:
-    model = nn.Linear(2, 3)
-    with pytest.raises(Unsupported, match=r"`model` \(triton=True\): it is on cpu; .* CUDA device"):
-        get_backend("bookkeeping", triton=True).norms(model, squares)
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [("fp32", "bf16x6"), ("fp32", "bf16x3"), ("fp32", "tf32"), ("bf16", "ieee")]
+)
+def test_products_compile_for_a_gpu_that_is_not_here(dtype: str, precision: str) -> None:
+    from backends.ops.kernels import _squares
+
+    constants = {"HEIGHT": 64, "WIDTH": 64, "DEPTH": 32, "PRECISION": precision}
+    kinds = {"left_ptr": f"*{dtype}", "right_ptr": f"*{dtype}", "out_ptr": "*fp32"}
+    kinds |= dict.fromkeys(("left_stride", "right_stride"), ("i32",) * 3)
+    assert "wgmma" in compiled(_squares, constants, kinds).asm["ptx"]  # by tensor cores
+
+
+@pytest.mark.skipif(INTERPRETED or DEVICE.type == "cuda", reason="there they are measured")
+def test_they_are_not_measured_on_a_cpu() -> None:
+    before = set(CHOSEN)
+    model = nn.Linear(120, 140, dtype=torch.float32)
+    loss = lambda outputs, targets: outputs.square().sum((1, 2))  # noqa: E731
+    get_backend("bookkeeping").norms(model, loss)(torch.randn(3, 7, 120, dtype=torch.float32), torch.zeros(3))
+    (measured,) = (key for key in set(CHOSEN) - before if "products" in key)
+    assert CHOSEN[measured] in ("direct", "gram")

@@ -1,8 +1,11 @@
 """What is chosen by measuring: of several ways to the same tensor, the fastest on this device."""
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
+from importlib.util import find_spec
 from typing import TypeAlias
 
 import torch
@@ -13,8 +16,13 @@ Way: TypeAlias = Callable[[], Tensor]
 CHOSEN: dict[str, str] = {}
 """What has been chosen in this process by measuring and trying, by what it was chosen for; records show it."""
 
+_RANKED: dict[str, list[str]] = {}
+"""The names of all ways that were measured, the fastest first: not every one can be had while ops are recorded."""
+
 _KERNELS = False  # no ContextVar: on CUDA, autograd runs the backward pass in a thread of its own
 _TRACING = False
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 TRIES = 5  # of each way, in turn: the first one may compile, allocate, or pick a kernel
 
@@ -28,22 +36,35 @@ def fastest(ways: Mapping[str, Way], what: str, samples: int, like: Tensor) -> T
         samples: Their number; its power of two is part of what the choice is made for.
         like: Any tensor of the dtype and on the device.
     """
+    return ways[fastest_name(ways, what, samples, like)]()
+
+
+def fastest_name(ways: Mapping[str, Callable[[], object]], what: str, samples: int, like: Tensor) -> str:
+    """Return which way is fastest; see `fastest`."""
     if len(ways) == 1:
-        return next(iter(ways.values()))()
-    dtype = str(like.dtype).removeprefix("torch.")
+        return next(iter(ways))
+    dtype = "TF32" if is_tf32(like) else str(like.dtype).removeprefix("torch.")
     key = f"{what}, {dtype}, {like.device.type}, {1 << samples.bit_length() - 1} samples or more"
-    if CHOSEN.get(key) not in ways:
+    known = [name for name in _RANKED.get(key, ()) if name in ways]
+    if len(known) < len(ways):
         if capturing(like):  # warming up, outside of the capture, has chosen
-            return next(iter(ways.values()))()
+            return (known or list(ways))[0]
         rounds = [{name: timed(way, like) for name, way in ways.items()} for _ in range(TRIES)]
         seconds = {name: min(r[name] for r in rounds) for name in ways}
-        CHOSEN[key] = min(seconds, key=lambda name: seconds[name])
-    return ways[CHOSEN[key]]()
+        _RANKED[key] = known = sorted(ways, key=lambda name: seconds[name])
+        CHOSEN[key] = known[0]
+    return known[0]
+
+
+def is_tf32(like: Tensor) -> bool:
+    """Return whether products of float32 may be rounded to TF32, of matrices or in convolutions."""
+    allowed = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+    return allowed and like.is_cuda and like.dtype == torch.float32
 
 
 @contextmanager
 def kernels(wanted: bool) -> Iterator[None]:
-    """Measure Triton's kernels too, in the block, if wanted."""
+    """Measure Triton's kernels too, in the block, if wanted and where they run."""
     global _KERNELS
     before, _KERNELS = _KERNELS, wanted
     try:
@@ -54,7 +75,16 @@ def kernels(wanted: bool) -> Iterator[None]:
 
 def with_kernels(like: Tensor) -> bool:
     """Return whether Triton's kernels, which have no float64, are among the ways."""
-    return _KERNELS and like.dtype != torch.float64
+    if not _KERNELS or _TRACING or like.dtype not in KERNEL_DTYPES:
+        return False
+    return _compiles(like.device) if like.is_cuda else os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _compiles(device: torch.device) -> bool:
+    """Return whether a GPU has the instructions that the kernels were measured with, and Triton is installed."""
+    new_enough = torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return new_enough and find_spec("triton") is not None
 
 
 @contextmanager

@@ -74,8 +74,7 @@ class Correlation(PerSample):
             found += [by_patches, *([by_places] if set(self.stride) == {1} and self.x.shape[1] == 1 else [])]
         return [*found, *([implicit_gemm] if with_kernels(self.like) else [])]
 
-    def geometry(self) -> str:
-        """Return all that the speed of a way depends on but the number of samples."""
+    def geometry(self) -> str:  # noqa: D102
         image = "×".join(map(str, self.x.shape[1:]))
         options = [
             f"{name} {'×'.join(map(str, value))}"
@@ -101,7 +100,15 @@ class Correlation(PerSample):
             ways["gram"] = self.squares_by_gram
         if with_kernels(self.like):
             ways["implicit_gemm"] = lambda: product_of(self).squares()
+            if self.groups == 1:
+                ways["patches, fused"] = self.squares_by_patches
         return fastest(ways, f"norms of {self.geometry()}", self.samples, self.like)
+
+    def squares_by_patches(self) -> Tensor:
+        """Return ‖g_i‖² [N] by a Triton kernel on patches, some samples at a time."""
+        numbers = prod(self.y.shape[3:]) * self.y.shape[1] * prod(self.shape[1:])
+        parts = at_a_time(self.samples, numbers * self.like.element_size(), self.like)
+        return torch.cat([self.only(i).patches().squares_fused() for i in parts])
 
     def squares_by_gram(self) -> Tensor:
         """Return ‖g_i‖² [N] by the Gram form of patches, some samples at a time."""

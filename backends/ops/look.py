@@ -17,6 +17,7 @@ from torch import Tensor
 
 from backends.base import Named
 from backends.batch import Batch, apply, size, take, tensors
+from backends.ops.choice import is_tf32
 from backends.ops.footprint import Footprint, pairs, saved
 from backends.ops.persample import PerSample
 from backends.ops.questions import Questions
@@ -29,10 +30,12 @@ if TYPE_CHECKING:
 
 SPREAD = 4  # samples of the batch that are looked at, from the first to the last
 
-SAME = {torch.bfloat16: 0.1, torch.float16: 0.1, torch.float64: 1e-6}
-"""How far gradients may be apart, relative to their norm, that are the same but for rounding and kinks."""
+SAME = ((2.0**-10, 0.1), (2.0**-23, 0.01), (0.0, 1e-6))
+"""(roundings of at least this size, how far gradients may be apart, relative to their norm, that are the same but for
+rounding and kinks)."""
 
-SAME_ELSEWHERE = 0.01
+TF32 = 2.0**-10
+"""What `finfo` would say of ten bits of mantissa."""
 
 NOISE = 8
 """Roundings of the whole gradient that one of a parameter may be apart besides: some are zero but for rounding."""
@@ -167,13 +170,21 @@ def _row(found: dict[str, PerSample], i: int) -> Named:
 @torch.no_grad()
 def _near(ours: Named, theirs: Named) -> bool:
     """Return whether one sample's gradients are the same; where theirs are not finite, nothing is said."""
-    like = next(iter(theirs.values()))
-    share, noise = SAME.get(like.dtype, SAME_ELSEWHERE), NOISE * torch.finfo(like.dtype).eps
+    eps = rounding(next(iter(theirs.values())))
+    share, noise = next(share for least, share in SAME if eps >= least), NOISE * eps
     if any(ours[name].shape != t.shape for name, t in theirs.items()):
         return False
     gaps = torch.stack([(ours[name] - t).norm() for name, t in theirs.items()])
     norms = torch.stack([t.norm() for t in theirs.values()])
     return bool((gaps <= share * norms + noise * norms.norm()).all()) or not bool(norms.isfinite().all())
+
+
+def rounding(like: Tensor) -> float:
+    """Return how far apart numbers near 1 are in the arithmetic of a tensor: that of its dtype, TF32 or autocast."""
+    device, dtype = like.device.type, like.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    return max(torch.finfo(dtype).eps, TF32 if is_tf32(like) else 0.0)
 
 
 def _fingerprint(g: Tensor) -> tuple[float, ...]:
@@ -192,7 +203,7 @@ def _same(before: Tensor, after: Tensor, kept: Tensor) -> bool:
     """Return whether the kept samples show the same at a tap [N, ...]."""
     if before.shape != after.shape:
         return False
-    roundoff = torch.finfo(before.dtype).eps if before.is_floating_point() else 0.0
+    roundoff = rounding(before) if before.is_floating_point() else 0.0
     wide = torch.promote_types(before.dtype, torch.float32)
     a, b = (t[kept].flatten(1).to(wide).nan_to_num() for t in (before, after))
     return bool(((a - b).norm(dim=1) <= UNTOUCHED * roundoff * a.norm(dim=1)).all())

@@ -7,6 +7,7 @@ at a time, so that memory stays bounded; a form overrides what it can have for l
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import TypeAlias
 
@@ -20,7 +21,7 @@ from backends.ops.choice import capturing, fastest, with_kernels
 AT_A_TIME = {"cpu": 2**21}
 """Bytes of gradients made at a time where they are not the result: on a CPU they stay in its cache."""
 
-AT_A_TIME_ELSEWHERE = 2**28
+AT_A_TIME_ELSEWHERE = 2**27
 
 SMALL = 4096
 """Numbers in a parameter, of biases and the like, up to which a call of an op costs more than what it computes."""
@@ -75,6 +76,11 @@ class PerSample(ABC):
         """Return ‖g_i‖² [N], in float32 at least."""
         found = [squares_of(self.rows(some)) for some in self.parts()]
         return torch.cat(found) if len(found) > 1 else found[0]
+
+    def geometry(self) -> str:
+        """Return all that the speed of a way depends on but the number of samples."""
+        shape = "×".join(map(str, self.shape))
+        return f"{type(self).__name__.lower()} {shape} in {self.held() // self.samples} bytes"
 
     def is_small(self) -> bool:
         """Return whether it is best to do all at once what is wanted of this one and of others: `several.Together`."""
@@ -181,8 +187,8 @@ class Outer(PerSample):
         if positions * (p + d) < p * d and self.like.dtype in WIDER and not capturing(self.like):
             ways["gram"] = self.squares_by_gram
         if with_kernels(self.like):
-            ways["implicit_gemm"] = self._squares_by_kernel
-        return fastest(ways, f"norms of {positions} products {p}×{d}", self.samples, self.like)
+            ways["fused"] = self.squares_fused
+        return fastest(ways, f"norms of {self.geometry()}", self.samples, self.like)
 
     def variance(self) -> Tensor:
         """Return 1/N Σ (g_i − ḡ)²; of single vectors perhaps as a difference of moments."""
@@ -215,10 +221,14 @@ class Outer(PerSample):
         left, right = self.left[:, 0], self.right[:, 0]
         return (left @ left.mT) * (right @ right.mT)
 
-    def _squares_by_kernel(self) -> Tensor:
-        from backends.ops.kernels import Product  # triton need not be installed
+    def geometry(self) -> str:  # noqa: D102
+        return f"{self.left.shape[1]} products {self.shape[0]}×{self.shape[1]}"
 
-        return Product(self.right.mT[:, None], self.left.mT[:, None], (1,), (1,), (0,), (1,)).squares()
+    def squares_fused(self) -> Tensor:
+        """Return ‖g_i‖² [N] by a Triton kernel that writes no g_i."""
+        from backends.ops.kernels import squares_of_products  # triton need not be installed
+
+        return squares_of_products(self.left, self.right)
 
     def squares_by_gram(self) -> Tensor:
         """Return ‖g_i‖² [N] by the Gram form, but for samples where it cancels."""
@@ -246,9 +256,13 @@ def sum_of(parts: Iterable[Tensor]) -> Tensor:
 
 def outer(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """Return Σ_t left_it right_itᵀ [N, p, d] of [N, T, p] and [N, T, d]."""
-    if left.shape[1] == 1:  # on a CPU this takes a third of the time of a product of matrices
-        return torch.mul(left.mT, right, out=out)
-    return torch.bmm(left.mT, right, out=out)
+    product, each = partial(torch.bmm, left.mT, right, out=out), partial(torch.mul, left.mT, right, out=out)
+    if left.shape[1] > 1:
+        return product()
+    if not left.is_cuda:  # on a CPU this takes a third of the time of a product of matrices
+        return each()
+    what = f"products {left.shape[2]}×{right.shape[2]}"
+    return fastest({"each": each, "product": product}, what, len(left), left)
 
 
 def at_a_time(samples: int, each: int, like: Tensor) -> list[slice]:
