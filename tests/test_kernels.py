@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -26,6 +27,24 @@ N = 3
 def _own_random_state() -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
+        yield
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Allow TF32 or not in the block; torch allows it in convolutions by default."""
+    places = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [place.allow_tf32 for place in places]
+    for place in places:
+        place.allow_tf32 = allowed
+    yield
+    for place, was in zip(places, before, strict=True):
+        place.allow_tf32 = was
+
+
+@pytest.fixture(autouse=True)
+def _float32_is_exact() -> Iterator[None]:
+    with tf32(False):
         yield
 
 
@@ -64,6 +83,23 @@ def test_gradients_and_norms_of_convolutions_are_those_of_float64(name: str, dty
     assert (found.double() / exact.flatten(1).square().sum(1) - 1).abs().max() <= 1e-5  # whatever the inputs' dtype
 
 
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="TF32 is CUDA's")
+@pytest.mark.parametrize("form", ["samples first", "positions last"])
+def test_where_tf32_is_allowed_results_are_as_near_as_that(form: str) -> None:
+    from backends.ops.conv import product_of
+    from backends.ops.kernels import squares_of_products
+
+    left, right = (torch.randn(N, 70, width, device=DEVICE, dtype=torch.float32) for width in (150, 40))
+    if form == "positions last":
+        left, right = (t.mT.contiguous().mT for t in (left, right))
+    products = (left.double().mT @ right.double()).flatten(1).square().sum(1)
+    conv = correlation("several tiles", torch.float32)
+    rows = grouped(Correlation(conv.x.double(), conv.y.double(), *list(vars(conv).values())[2:7]))
+    with tf32(True):
+        assert (squares_of_products(left, right).double() / products - 1).abs().max() <= 2**-8
+        assert (product_of(conv).rows().double() - rows).norm() <= 2**-9 * rows.norm()
+
+
 @runs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])])
 @pytest.mark.parametrize("form", ["samples first", "positions last", "one position"])
@@ -87,6 +123,18 @@ def test_norms_by_patches_are_those_of_float64(name: str) -> None:
     form = correlation(name, torch.float32)
     exact = grouped(Correlation(form.x.double(), form.y.double(), *list(vars(form).values())[2:7]))
     assert (form.squares_by_patches().double() / exact.flatten(1).square().sum(1) - 1).abs().max() <= 1e-6
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("p", "d"), [(3, 17), (40, 1500)])
+def test_outer_products_are_those_of_torch(p: int, d: int, dtype: torch.dtype) -> None:
+    from backends.ops.kernels import outer_products
+
+    left, right = torch.randn(p, N).to(DEVICE, dtype).mT, torch.randn(N, d).to(DEVICE, dtype)
+    out = torch.full((N, p, d), torch.nan, device=DEVICE, dtype=dtype)
+    assert outer_products(left, right, out) is out
+    assert torch.equal(out, left[:, :, None] * right[:, None])
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="the interpreter warns of infinity times a tile's zeros")
@@ -120,7 +168,7 @@ def test_it_is_right_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "27 passed" in done.stdout
+    assert "31 passed" in done.stdout
 
 
 def compiled(kernel: Any, constants: dict[str, Any], kinds: dict[str, Any]) -> Any:
@@ -161,6 +209,16 @@ def test_products_compile_for_a_gpu_that_is_not_here(dtype: str, precision: str)
     kinds = {"left_ptr": f"*{dtype}", "right_ptr": f"*{dtype}", "out_ptr": "*fp32"}
     kinds |= dict.fromkeys(("left_stride", "right_stride"), ("i32",) * 3)
     assert "wgmma" in compiled(_squares, constants, kinds).asm["ptx"]  # by tensor cores
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_outer_products_compile_for_a_gpu_that_is_not_here(dtype: str) -> None:
+    from backends.ops.kernels import _outer
+
+    kinds = {**dict.fromkeys(("left_ptr", "right_ptr", "out_ptr"), f"*{dtype}")}
+    kinds |= dict.fromkeys(("left_stride", "right_stride"), ("i32",) * 2)
+    assert compiled(_outer, {"HEIGHT": 8, "WIDTH": 1024}, kinds).metadata.shared < 2**16
 
 
 @pytest.mark.skipif(INTERPRETED or DEVICE.type == "cuda", reason="there they are measured")

@@ -65,6 +65,14 @@ def test_recurrent_layers_have_rules(layer: type[nn.Module]) -> None:
     assert not differentiated_directly(model, real(N, 3, 5), real(N))
 
 
+def test_recurrent_layers_are_not_asked_to_put_copies_of_weights_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Functional(lambda s, x: s.r(x)[0], r=nn.LSTM(5, 4)).to(DEVICE, torch.float64)
+    monkeypatch.setattr(nn.RNNBase, "flatten_parameters", lambda self: self.weight_ih_l0.data_ptr())  # as on CUDA
+    passes = Passes(model, squares)
+    passes.under_vmap(with_rules=True).run(real(N, 3, 5), real(N), lambda name, g: g)
+    assert "flatten_parameters" not in vars(model.r)
+
+
 LAYOUTS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], bool]] = {
     "samples first": (lambda s, x: s.a(x).sin(), True),
     "samples second": (lambda s, x: s.a(x.transpose(0, 1)).sin().transpose(0, 1), True),

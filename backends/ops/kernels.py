@@ -20,6 +20,7 @@ from torch import Tensor
 
 LARGEST = 128  # rows and columns of a tile at most
 DEPTH = 32  # products added at a time
+WRITTEN, ROWS = 1024, 8  # numbers that a program writes in a row, and rows, of outer products
 STAGES = 3  # of loads that are under way
 
 
@@ -123,6 +124,16 @@ def squares_of_products(left: Tensor, right: Tensor) -> Tensor:
         num_stages=STAGES,
     )
     return out.sum(1)
+
+
+def outer_products(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """Write left_i right_iᵀ of [N, p] and [N, d] with any strides into a contiguous [N, p, d], and return it."""
+    (n, p), d = left.shape, right.shape[1]
+    width = _fitting(d, WRITTEN)
+    height = WRITTEN // width * ROWS
+    grid = (triton.cdiv(p, height) * triton.cdiv(d, width), n)
+    _outer[grid](left, right, out, left.stride(), right.stride(), p, d, HEIGHT=height, WIDTH=width)
+    return out
 
 
 def _precision(left: Tensor, right: Tensor) -> str:
@@ -249,3 +260,15 @@ def _squares(  # type: ignore[no-untyped-def]
         )
         found = tl.dot(left, right, found, input_precision=PRECISION)
     tl.store(out_ptr + sample * tl.num_programs(0) + tile, tl.sum(tl.sum(found * found, 1), 0))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _outer(left_ptr, right_ptr, out_ptr, left_stride, right_stride, p, d, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One tile of one sample's outer product; torch's own product of broadcast factors takes twice as long (H100)."""
+    tile, sample, across = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.cdiv(d, WIDTH)
+    i = tile // across * HEIGHT + tl.arange(0, HEIGHT)
+    j = tile % across * WIDTH + tl.arange(0, WIDTH)
+    left = tl.load(left_ptr + sample * left_stride[0] + i * left_stride[1], mask=i < p, other=0.0)
+    right = tl.load(right_ptr + sample * right_stride[0] + j * right_stride[1], mask=j < d, other=0.0)
+    inside = (i < p)[:, None] & (j < d)[None, :]
+    tl.store(out_ptr + sample * p * d + i[:, None] * d + j[None, :], left[:, None] * right[None, :], mask=inside)

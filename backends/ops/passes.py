@@ -32,6 +32,7 @@ from backends.ops.choice import CHOSEN
 from backends.ops.footprint import NOTHING, Footprint
 from backends.ops.look import going_on, itself, looked
 from backends.ops.persample import Dense, PerSample
+from backends.ops.recurrent import leave_unflattened
 from backends.ops.several import Stacked
 from backends.ops.taps import Each, Layout, Recorder, Uncovered
 from backends.running import kept_attributes, kept_buffers, kept_random_state
@@ -173,6 +174,7 @@ class Passes:
 
         token, buffers = self._token(n), {name: b.clone() for name, b in self.model.named_buffers()}
         with kept_attributes(self.model):  # a tensor of vmap's is dead after it
+            leave_unflattened(self.model)
             losses = vmap(loss, (0, 0, None, 0, 0), randomness="different")(copies, token, buffers, inputs, targets)
         by_copies, missed = self._backward(recorders[0], losses, token, copies)
         if missed:  # a parameter is used by a reference that the model has kept, which is no copy

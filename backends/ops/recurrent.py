@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import _VF, Tensor
+from torch import _VF, Tensor, nn
 
 from backends.ops.rules import OVER_THE_BATCH, UNDER_VMAP, rewrite
 from backends.ops.scan import Gates, Scan, State
@@ -169,6 +169,16 @@ def _cell(kind: Kind) -> Callable[..., Any]:
         return after[0] if isinstance(state, Tensor) else after
 
     return cell
+
+
+def leave_unflattened(model: nn.Module) -> None:
+    """Have a model's recurrent layers leave their weights where they are, until their attributes are set back.
+
+    On CUDA they would put them into one piece of memory at the first sight of new ones; those of vmap have none.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters = lambda: None  # type: ignore[method-assign]
 
 
 for _name, _kind in KINDS.items():

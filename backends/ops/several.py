@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from backends.derived import Named, rows_of, squares_of, variance_of, weighted_sum
-from backends.ops.persample import Empty, Outer, PerSample, fresh, sum_of
+from backends.ops.persample import Dense, Empty, Outer, PerSample, fresh, sum_of
 
 
 @dataclass
@@ -21,14 +21,23 @@ class Sum(PerSample):
     like: Tensor
 
     def rows(self, some: slice) -> Tensor:  # noqa: D102
-        total = self.like.new_zeros(len(range(self.samples)[some]), *self.shape)
-        for term in self.terms:
+        if not self.terms:
+            return self.like.new_zeros(len(range(self.samples)[some]), *self.shape)
+        first, *others = self.terms
+        total = first.rows(some).clone() if isinstance(first, Dense) else first.rows(some)
+        for term in others:
             total += term.rows(some)
         return total
 
+    def held(self) -> int:  # noqa: D102
+        return sum(term.held() or term.bytes() for term in self.terms)
+
     def weighted(self, factors: Tensor, empty: Empty = fresh) -> Tensor:  # noqa: D102
-        total = self.like.new_zeros(self.shape)
-        for term in self.terms:
+        if not self.terms:
+            return self.like.new_zeros(self.shape)
+        first, *others = self.terms
+        total = first.weighted(factors)
+        for term in others:
             total += term.weighted(factors)
         return total
 
