@@ -71,15 +71,12 @@ def correlation(name: str, dtype: torch.dtype) -> Correlation:
 @runs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_gradients_and_norms_of_convolutions_are_those_of_float64(name: str, dtype: torch.dtype) -> None:
+def test_norms_of_convolutions_are_those_of_float64(name: str, dtype: torch.dtype) -> None:
     from backends.ops.conv import product_of
 
     form = correlation(name, dtype)
     exact = grouped(Correlation(form.x.double(), form.y.double(), *list(vars(form).values())[2:7]))
-    rows, found = product_of(form).rows(), product_of(form).squares()
-    share = 4 * torch.finfo(dtype).eps
-    assert rows.dtype == dtype
-    assert ((rows.double() - exact).flatten(1).norm(dim=1) <= share * exact.flatten(1).norm(dim=1)).all()
+    found = product_of(form).squares()
     assert (found.double() / exact.flatten(1).square().sum(1) - 1).abs().max() <= 1e-5  # whatever the inputs' dtype
 
 
@@ -97,7 +94,8 @@ def test_where_tf32_is_allowed_results_are_as_near_as_that(form: str) -> None:
     rows = grouped(Correlation(conv.x.double(), conv.y.double(), *list(vars(conv).values())[2:7]))
     with tf32(True):
         assert (squares_of_products(left, right).double() / products - 1).abs().max() <= 2**-8
-        assert (product_of(conv).rows().double() - rows).norm() <= 2**-9 * rows.norm()
+        found = product_of(conv).squares().double()
+    assert (found / rows.flatten(1).square().sum(1) - 1).abs().max() <= 2**-8
 
 
 @runs
@@ -185,13 +183,12 @@ def compiled(kernel: Any, constants: dict[str, Any], kinds: dict[str, Any]) -> A
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
-@pytest.mark.parametrize("norms_alone", [False, True])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_convolutions_compile_for_a_gpu_that_is_not_here(dtype: str, norms_alone: bool, precision: str) -> None:
+def test_convolutions_compile_for_a_gpu_that_is_not_here(dtype: str, precision: str) -> None:
     from backends.ops.kernels import _product
 
-    constants = {"SQUARES": norms_alone, "HEIGHT": 64, "WIDTH": 64, "DEPTH": 32, "PRECISION": precision}
-    pointers = {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "out_ptr": "*fp32" if norms_alone else f"*{dtype}"}
+    constants = {"HEIGHT": 64, "WIDTH": 64, "DEPTH": 32, "PRECISION": precision}
+    pointers = {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "out_ptr": "*fp32"}
     tuples = {"x_stride": 6, "y_stride": 6, **dict.fromkeys(("size", "out_size", "kernel"), 3)}
     tuples |= dict.fromkeys(("stride", "padding", "dilation"), 3)
     kinds = {**pointers, **{name: ("i32",) * length for name, length in tuples.items()}}

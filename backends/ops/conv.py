@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backends.ops.choice import capturing, fastest, with_kernels
+from backends.ops.choice import capturing, fastest, is_tf32, with_kernels
 from backends.ops.persample import WIDER, Dense, Empty, Outer, PerSample, at_a_time, fresh, outer
 from backends.ops.rules import Pieces, rule
 
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 IMAGES = 8
 """Times as many bytes of images as of gradients may be at work at a time: ways copy both, but gradients go on."""
+
+
+MANY = 128
+"""Output pixels a sample from which on a kernel without patches may be faster, where tensor cores multiply."""
 
 
 @dataclass
@@ -72,7 +76,7 @@ class Correlation(PerSample):
         found: list[Callable[[Correlation], Tensor]] = [grouped]
         if self.groups == 1:
             found += [by_patches, *([by_places] if set(self.stride) == {1} and self.x.shape[1] == 1 else [])]
-        return [*found, *([implicit_gemm] if with_kernels(self.like) else [])]
+        return found
 
     def geometry(self) -> str:  # noqa: D102
         image = "×".join(map(str, self.x.shape[1:]))
@@ -99,7 +103,8 @@ class Correlation(PerSample):
         if self.groups == 1 and fewer and self.like.dtype in WIDER and not capturing(self.like):
             ways["gram"] = self.squares_by_gram
         if with_kernels(self.like):
-            ways["implicit_gemm"] = lambda: product_of(self).squares()
+            if positions >= MANY and (self.like.dtype != torch.float32 or is_tf32(self.like)):
+                ways["implicit_gemm"] = lambda: product_of(self).squares()
             if self.groups == 1:
                 ways["patches, fused"] = self.squares_by_patches
         return fastest(ways, f"norms of {self.geometry()}", self.samples, self.like)
@@ -180,11 +185,6 @@ def by_places(of: Correlation) -> Tensor:
             outer(y.mT, x[..., start : start + length].mT, out=place)
         rows[some] = places.movedim(0, -1)
     return rows.view(-1, *of.shape)
-
-
-def implicit_gemm(of: Correlation) -> Tensor:
-    """By a Triton kernel."""
-    return product_of(of).rows()
 
 
 def product_of(of: Correlation) -> "Product":

@@ -1,10 +1,10 @@
-"""Triton kernels for per-sample gradients of convolutions and linear layers, and for their norms alone.
+"""Triton kernels for norms of per-sample gradients of convolutions and linear layers, and for outer products.
 
 Of a convolution, an implicit matrix product (implicit GEMM, as in cuDNN: Chetlur et al. 2014,
 https://arxiv.org/abs/1410.0759) for each sample: w_i[p, q] = Σ_r y_i[p, r] x_i[r, q], where r goes over images and
 output pixels, q over channels and places of the kernel, and x is read where the convolution reads it, so that there are
-no patches. Of a linear layer, or of patches, the product of two matrices for each sample. Norms come of the same tiles,
-which are then never written: in bfloat16 that takes 0.4 times what writing and reading gradients does (H100, ViT-B/16).
+no patches. Of a linear layer, or of patches, the product of two matrices for each sample. Norms come of tiles that are
+never written: in bfloat16 that takes 0.4 times what writing and reading gradients does (H100, layers of ViT-B/16).
 
 They are among the ways that are measured, and where float32 is not rounded to TF32, they are as exact as float32: by
 six products of parts in bfloat16, or in float32 itself. Not in float64.
@@ -46,32 +46,13 @@ class Product:
     dilation: tuple[int, ...]
     groups: int = 1
 
-    def rows(self) -> Tensor:
-        """Return the gradients [N, P, C / groups, *kernel]."""
-        n, p, c = len(self.y), self.y.shape[2], self.x.shape[2] // self.groups
-        out = self.y.new_empty(n, p, c * prod(self.kernel))
-        self._run(out, squares=False)
-        return out.view(n, p, c, *self.kernel)
-
     def squares(self) -> Tensor:
         """Return ‖g_i‖² [N], in float32; no gradient is written."""
-        down, across, _, _ = self._tiles()
-        out = self.y.new_empty(len(self.y), self.groups * down * across, dtype=torch.float32)
-        self._run(out, squares=True)
-        return out.sum(1)
-
-    def _tiles(self) -> tuple[int, int, int, int]:
-        """Return how many rows and columns of tiles a group has, and how many rows and columns a tile.
-
-        Those of H100 that are fastest for ResNet's convolutions.
-        """
         p, q = self.y.shape[2] // self.groups, self.x.shape[2] // self.groups * prod(self.kernel)
-        height, width = _fitting(p, LARGEST), _fitting(q, LARGEST if p > LARGEST else LARGEST // 2)
-        return triton.cdiv(p, height), triton.cdiv(q, width), height, width
-
-    def _run(self, out: Tensor, *, squares: bool) -> None:
-        down, across, height, width = self._tiles()
-        _product[(len(self.y) * self.groups * down * across,)](
+        height, width = _fitting(p, LARGEST), _fitting(q, LARGEST if p > LARGEST else LARGEST // 2)  # fastest on H100
+        down, across = triton.cdiv(p, height), triton.cdiv(q, width)
+        out = self.y.new_empty(len(self.y), self.groups * down * across, dtype=torch.float32)
+        _product[(out.numel(),)](
             self.x,
             self.y,
             out,
@@ -89,7 +70,6 @@ class Product:
             self.groups,
             down,
             across,
-            SQUARES=squares,
             HEIGHT=height,
             WIDTH=width,
             DEPTH=DEPTH,
@@ -97,6 +77,7 @@ class Product:
             num_warps=_warps(height, width),
             num_stages=STAGES,
         )
+        return out.sum(1)
 
 
 def squares_of_products(left: Tensor, right: Tensor) -> Tensor:
@@ -182,7 +163,6 @@ def _product(  # type: ignore[no-untyped-def]
     groups,
     down,
     across,
-    SQUARES: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -218,13 +198,7 @@ def _product(  # type: ignore[no-untyped-def]
         x_at += x_d * x_stride[3] + x_h * x_stride[4] + x_w * x_stride[5]
         x = tl.load(x_ptr + x_at, mask=x_in, other=0.0)
         found = tl.dot(y, x, found, input_precision=PRECISION)
-    if SQUARES:
-        tl.store(out_ptr + tl.program_id(0), tl.sum(tl.sum(found * found, 1), 0))
-    else:
-        columns = c_each * places
-        out_ptr += (sample.to(tl.int64) * groups + group) * p_each * columns
-        inside = (p < p_each)[:, None] & (q < columns)[None, :]
-        tl.store(out_ptr + p[:, None] * columns + q[None, :], found.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + tl.program_id(0), tl.sum(tl.sum(found * found, 1), 0))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
