@@ -41,6 +41,7 @@ Again: TypeAlias = Callable[[], Any]
 
 FEW = 16
 TF32 = 2.0**-11  # unit roundoff: products are rounded to ten bits of mantissa
+ROUNDED = 2**20  # which draw stands for that, far from those of a cloud
 BUDGET = 2**30  # bytes of float64 truth: checking takes a bounded share of memory and time
 INDEPENDENT = ("grads", "norms")  # quantities where a sample's row depends on that sample only
 
@@ -107,7 +108,8 @@ class Referee:
 
     def precision(self, result: object, again: Again | None = None, *, fresh: bool = False) -> Finding:
         """Ask question 2 of a result in the run's dtype; `again` repeats the call, to explain a disagreement."""
-        yardsticks = [as_rows(y, self.quantity) for y in [*self.yardsticks(fresh=fresh), *self._ordinary(fresh)]]
+        found = [*self.yardsticks(fresh=fresh), *self._ordinary(fresh), *self._rounded(fresh)]
+        yardsticks = [as_rows(y, self.quantity) for y in found]
         draw = self._draw(self.run, fresh)
         per_sample = self.quantity in PER_SAMPLE
 
@@ -160,6 +162,21 @@ class Referee:
         found = self._known[key]
         tensors = [found] if isinstance(found, Tensor) else list(found.values())
         return [found] if all(t.isfinite().all() for t in tensors) else []  # one of NaN measures nothing
+
+    def _rounded(self, fresh: bool) -> list[Result]:
+        """Return what the reference computes at inputs and parameters moved by a rounding to TF32, where it is allowed.
+
+        It is allowed, not asked for: for one sample at a time, libraries may take kernels that round to float32 (H100,
+        SimpleCNN: off by 2e-7, where gradients by products of the batch are off by 2e-3, most of it at kinks).
+        """
+        if self.u != TF32 or self.autocast:
+            return []
+        key = ("rounded", fresh)
+        if key not in self._known:
+            draw = self._draw(self.run, fresh)
+            samples = torch.arange(self.run.n if self.quantity in PER_SAMPLE else 1, device=self.run.device)
+            self._known[key] = self._shared("rounded", fresh, lambda: draw(ROUNDED, TF32, samples))
+        return [self._known[key]]
 
     def _whole(self, fresh: bool) -> Result:
         """Return what has the form of the whole batch's result; it takes no memory."""
@@ -249,6 +266,7 @@ class Referee:
         self.truth(fresh=fresh)
         self.yardsticks(fresh=fresh)
         self._ordinary(fresh)
+        self._rounded(fresh)
         if not fresh and self.rule.same_function and self.few is not self.wide:
             self._reference("few", self.few, fresh=False)
         self.forget()
