@@ -45,7 +45,7 @@ from backends.ops.passes import Passes, Way
 from backends.ops.persample import PerSample, fresh
 from backends.ops.several import Together
 from backends.ops.traced import Compiled
-from backends.running import kept_random_state, library_call
+from backends.running import kept_random_state, library_call, without_autocast
 
 R = TypeVar("R", Tensor, Named)
 T = TypeVar("T")
@@ -160,9 +160,10 @@ class Bookkeeping(Backend):
         keep_freed()
         own, loss_fn = passes.model, passes.loss_fn
         dtypes = {name: p.dtype for name, p in trainable(model).items()}
+        device = next((p.device for p in trainable(model).values()), torch.device("cpu"))
 
         def made(found: dict[str, T]) -> R:
-            with torch.no_grad():
+            with torch.no_grad(), without_autocast(device):
                 return _cast(combine(found), dtypes)  # type: ignore[no-any-return]
 
         def passed(inputs: Batch, targets: Tensor) -> R:

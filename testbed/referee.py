@@ -108,8 +108,8 @@ class Referee:
 
     def precision(self, result: object, again: Again | None = None, *, fresh: bool = False) -> Finding:
         """Ask question 2 of a result in the run's dtype; `again` repeats the call, to explain a disagreement."""
-        found = [*self.yardsticks(fresh=fresh), *self._ordinary(fresh), *self._rounded(fresh)]
-        yardsticks = [as_rows(y, self.quantity) for y in found]
+        runs = [*self.yardsticks(fresh=fresh), *self._ordinary(fresh), *self._rounded(fresh)]
+        yardsticks = [as_rows(y, self.quantity) for y in runs]
         draw = self._draw(self.run, fresh)
         per_sample = self.quantity in PER_SAMPLE
 

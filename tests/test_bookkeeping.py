@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backends import get_backend
+from backends.ops.persample import Outer
 from tests.asserts import assert_close
 from tests.cases import DEVICE, Functional, N, linear, real, squares
 from tests.habits import assert_right, differentiated_directly, over_the_batch
@@ -83,3 +84,26 @@ def test_under_autocast_results_are_in_the_parameters_dtype() -> None:
     assert get_backend("bookkeeping").choices()["passes of Sequential"] == "over the batch"
     for name, g in loop.items():
         assert (ours[name] - g).norm() < 0.05 * g.norm(), name
+
+
+@pytest.mark.parametrize("quantity", ["norms", "clipped_sum"])
+def test_under_autocast_wider_products_are_not_cast_back(quantity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few pixels and many channels: norms by the Gram form, in a wider dtype, are among the ways."""
+    seen: list[bool] = []
+    by_gram = Outer.squares_by_gram
+
+    def watched(self: Outer) -> Tensor:
+        seen.append(torch.is_autocast_enabled(DEVICE.type))
+        return by_gram(self)
+
+    monkeypatch.setattr(Outer, "squares_by_gram", watched)
+    monkeypatch.setattr("backends.ops.choice._RANKED", {})
+    model = nn.Conv2d(16, 64, 3).to(DEVICE, torch.float32)
+    inputs, targets = torch.randn(8, 16, 5, 5, device=DEVICE, dtype=torch.float32), torch.zeros(8, device=DEVICE)
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs.float().square().sum((1, 2, 3))
+
+    getattr(get_backend("bookkeeping", autocast="bfloat16"), quantity)(model, loss_fn)(inputs, targets)
+    assert seen
+    assert not any(seen)

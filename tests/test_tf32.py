@@ -1,4 +1,4 @@
-"""Where products may be rounded to TF32, a result that is rounded agrees, though the reference is not; TF32 is imitated."""
+"""Where TF32 is allowed, a result that is rounded to it agrees, though the reference is not; here TF32 is imitated."""
 
 from typing import Any
 
@@ -62,7 +62,9 @@ def ask(problem: Problem, quantity: str, u: float | None, scale: float = 1.0) ->
     referee = Referee(problem, quantity, {}, Calibrated())
     referee.u = u
     with Imitated():
-        result = getattr(get_backend("naive"), quantity)(problem.model, problem.loss_fn)(problem.inputs, problem.targets)
+        result = getattr(get_backend("naive"), quantity)(problem.model, problem.loss_fn)(
+            problem.inputs, problem.targets
+        )
     if isinstance(result, Tensor):
         return referee.precision(result * scale).status
     return referee.precision({name: t * scale for name, t in result.items()}).status

@@ -35,7 +35,7 @@ from backends.ops.persample import Dense, PerSample
 from backends.ops.recurrent import leave_unflattened
 from backends.ops.several import Stacked
 from backends.ops.taps import Each, Layout, Recorder, Uncovered
-from backends.running import kept_attributes, kept_buffers, kept_random_state
+from backends.running import kept_attributes, kept_buffers, kept_random_state, without_autocast
 
 PerParameter: TypeAlias = dict[str, PerSample]
 
@@ -223,7 +223,8 @@ class Passes:
         wanted = [token, *copies.values(), *self.parameters.values()]
         found: Sequence[Tensor | None] = [None] * len(wanted)
         if losses.requires_grad:
-            found = torch.autograd.grad(losses.sum(), wanted, allow_unused=True)
+            with without_autocast(losses.device):  # a wider product of pairs would be cast back
+                found = torch.autograd.grad(losses.sum(), wanted, allow_unused=True)
         used = [(name, g) for name, g in zip([*copies, *self.parameters], found[1:], strict=True)]
         by_copies, direct = used[: len(copies)], used[len(copies) :]
         return {k: g for k, g in by_copies if g is not None}, {k: g for k, g in direct if g is not None}
