@@ -9,6 +9,7 @@ from backends.base import QUANTITIES
 from testbed.records import Record
 from testbed.report import Report
 from testbed.report.prices import COST, prices, sentence
+from testbed.report.rows import problem_of
 
 PROBLEM = {"model": "mlp", "data": "random", "loss": "nll", "batch_size": 4, "seed": 0, "train_steps": 0}
 PROBLEM |= {"dtype": "float32", "device": "cpu", "tf32": False}
@@ -40,6 +41,33 @@ def test_what_disturbed_the_rounds_is_said_once() -> None:
     busy = {**ENVIRONMENT, "disturbances": ["other programs used 0.9 of 2 cores"]}
     records = [replace(record(b, 2.0), environment=busy) for b in ("naive", "vmap")]
     assert str(Report(records)).count("• While the rounds ran: other programs used 0.9 of 2 cores.") == 1
+
+
+def on_gpu(backend: str, price: float, host: float, **options: Any) -> Record:
+    """Return a record of a GPU, on which the host takes a share of a call's time, as it does of the ordinary step's."""
+    made = record(backend, price)
+    timing = {**made.timing, "host_s": host * made.timing["median_s"]}
+    timing["ordinary"] = {**timing["ordinary"], "host_s": host * STEP}
+    gpu = {**ENVIRONMENT, "device": "cuda:0"}
+    return replace(made, timing=timing, options=options, environment=gpu, memory={"peak_bytes": 0})
+
+
+def test_what_waits_for_the_host_is_said_of_the_ordinary_step_too() -> None:
+    assert "• Launch-bound (the GPU waits for the host): the ordinary step, naive, vmap." in text(
+        on_gpu("naive", 3, 0.95), on_gpu("vmap", 2, 0.95)
+    )
+    assert "Launch-bound" not in text(on_gpu("naive", 3, 0.5), on_gpu("vmap", 2, 0.5))
+
+
+def test_a_graphs_memory_is_not_in_its_peak() -> None:
+    said = "• vmap(cuda_graph=True): peak leaves out what a CUDA graph holds from call to call"
+    assert said in text(on_gpu("naive", 3, 0.5), on_gpu("vmap", 2, 0.1, cuda_graph=True))
+    assert "CUDA graph" not in text(on_gpu("naive", 3, 0.5), on_gpu("vmap", 2, 0.1))
+
+
+def test_problems_that_differ_in_tf32_are_drawn_apart() -> None:
+    exact, rounded = (record("naive", 3, tf32=tf32) for tf32 in (False, True))
+    assert problem_of(rounded) == f"{problem_of(exact)}, TF32"
 
 
 def summary(*records: Record) -> list[tuple[str, ...]]:

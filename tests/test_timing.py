@@ -135,6 +135,8 @@ def record(status: str) -> Record:
         (units.seconds(None), "–"),
         (units.size(302.4e6), "302 MB"),
         (units.ratio(0.5432), "0.54"),
+        (units.ratio(0.00625), "0.0063"),
+        (units.ratio(0.0), "0.00"),
         (units.ratio(123.4), "123"),
         (units.interval([0.5, 0.625]), " [0.50–0.62]"),
         (units.spread(1.0, 0.9, 1.3), "±20 %"),

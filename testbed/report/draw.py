@@ -30,6 +30,7 @@ MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 LINES = {ORDINARY: "--", LIMIT: ":"}
 WIDTH = 4.2  # inches: at a column's 3.4 its text is of 7.7 points, on a phone of 10 pixels
 ENDS = {"oom": "x", "timeout": "|", "--most": ">"}  # what a search for the largest batch ended by; all else: "*"
+LINES_A_ROW = 2  # of text that a row of a figure has room for
 UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 STYLE: Any = {
@@ -229,8 +230,11 @@ def _look(row: Row, colours: Colours) -> tuple[str, str]:
 
 
 def _names(axes: "Axes", rows: Sequence[Row]) -> None:
-    """Write the backends' names down the left side, options on a line of their own."""
-    axes.set_yticks(range(len(rows)), [r.backend.replace("(", "\n(", 1) for r in rows])
+    """Write the backends' names down the left side, each option on a line of its own."""
+    names = [r.backend.replace("(", "\n(", 1).replace(", ", ",\n") for r in rows]
+    axes.set_yticks(range(len(rows)), names)
+    if (lines := 1 + max(name.count("\n") for name in names)) > LINES_A_ROW:
+        axes.figure.set_figheight(axes.figure.get_figheight() * lines / LINES_A_ROW)  # type: ignore[union-attr]
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")

@@ -25,6 +25,7 @@ def notes(records: Sequence[Record]) -> list[str]:
     on_times = [
         *_compiled(records),
         *_launch_bound(records),
+        *_graphs(records),
         *_warnings(records),
         _noise(records),
         *_disturbed(records),
@@ -123,13 +124,17 @@ def _checked(records: Sequence[Record]) -> list[str]:
 
 
 def _launch_bound(records: Sequence[Record]) -> list[str]:
-    bound = [
-        r.label
-        for r in records
-        if str(r.environment.get("device", "")).startswith("cuda")
-        and r.timing.get("host_s", 0) > LAUNCH_BOUND * r.timing.get("median_s", float("inf"))
-    ]
+    on_gpu = [r for r in records if str(r.environment.get("device", "")).startswith("cuda")]
+    steps = [r.timing["ordinary"] for r in on_gpu if "ordinary" in r.timing]
+    timed = [*[("the ordinary step", step) for step in steps[:1]], *[(r.label, r.timing) for r in on_gpu]]
+    bound = [name for name, t in timed if t.get("host_s", 0) > LAUNCH_BOUND * t.get("median_s", float("inf"))]
     return [f"Launch-bound (the GPU waits for the host): {', '.join(bound)}."] if bound else []
+
+
+def _graphs(records: Sequence[Record]) -> list[str]:
+    graphs = [r.label for r in records if r.options.get("cuda_graph") and r.memory.get("peak_bytes") is not None]
+    said = "peak leaves out what a CUDA graph holds from call to call, all that its ops need."
+    return [f"{', '.join(graphs)}: {said}"] if graphs else []
 
 
 def _disturbed(records: Sequence[Record]) -> list[str]:

@@ -17,7 +17,7 @@ class Row:
 
     Attributes:
         run: The run's name.
-        problem: Model, data, loss and dtype in words, without the batch size.
+        problem: Model, data, loss, dtype and TF32 in words, without the batch size.
         batch: N; None where the record does not say.
         quantity: What was computed.
         backend: The backend with its options, or `ORDINARY`, or `LIMIT`.
@@ -111,11 +111,13 @@ def rows_of(run: Run) -> list[Row]:
 
 
 def problem_of(record: Record) -> str:
-    """Return model, data, loss and dtype in words."""
+    """Return model, data, loss, dtype and TF32 in words."""
     p = record.problem
     names = [str(p[key]) for key in ("model", "data", "loss", "case") if p.get(key)]
     trained = [f"trained {p['train_steps']} steps"] if p.get("train_steps") else []
-    return ", ".join([*names, *trained, *([str(p["dtype"])] if p.get("dtype") else [])]) or "problem not recorded"
+    arithmetic = [str(p["dtype"])] if p.get("dtype") else []
+    arithmetic += ["TF32"] if p.get("tf32") else []
+    return ", ".join([*names, *trained, *arithmetic]) or "problem not recorded"
 
 
 def batch_of(record: Record) -> int | None:

@@ -22,9 +22,11 @@ def size(value: float | None) -> str:
 
 
 def ratio(value: float | None) -> str:
-    """Return a ratio with three digits, two below ten."""
+    """Return a ratio with three digits; with two places below ten, and two digits below a tenth."""
     if value is None:
         return "–"
+    if 0 < value < 0.095:
+        return f"{value:.2g}"
     return f"{value:.2f}" if value < 10 else _digits(value)
 
 
