@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from backends import get_backend
-from backends.ops.choice import CHOSEN
+from backends.ops.choice import CHOSEN, fastest
 from backends.ops.conv import Correlation, grouped
 from tests.cases import DEVICE, Functional, linear, squares
 
@@ -166,7 +166,7 @@ def test_it_is_right_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "31 passed" in done.stdout
+    assert "33 passed" in done.stdout
 
 
 def compiled(kernel: Any, constants: dict[str, Any], kinds: dict[str, Any]) -> Any:
@@ -205,7 +205,9 @@ def test_products_compile_for_a_gpu_that_is_not_here(dtype: str, precision: str)
     constants = {"HEIGHT": 64, "WIDTH": 64, "DEPTH": 32, "PRECISION": precision}
     kinds = {"left_ptr": f"*{dtype}", "right_ptr": f"*{dtype}", "out_ptr": "*fp32"}
     kinds |= dict.fromkeys(("left_stride", "right_stride"), ("i32",) * 3)
-    assert "wgmma" in compiled(_squares, constants, kinds).asm["ptx"]  # by tensor cores
+    for one_tile in ({}, {"down": 1, "across": 1}):  # Triton makes a constant of 1
+        made = compiled(_squares, constants | one_tile, kinds)
+        assert "wgmma" in made.asm["ptx"]  # by tensor cores
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
@@ -226,3 +228,23 @@ def test_they_are_not_measured_on_a_cpu() -> None:
     get_backend("bookkeeping").norms(model, loss)(torch.randn(3, 7, 120, dtype=torch.float32), torch.zeros(3))
     (measured,) = (key for key in set(CHOSEN) - before if "products" in key)
     assert CHOSEN[measured] in ("direct", "gram")
+
+
+def test_a_kernel_that_does_not_run_is_not_the_fastest_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> torch.Tensor:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC.")
+
+    monkeypatch.setattr("backends.ops.choice.with_kernels", lambda like: True)
+    like = torch.zeros(1)
+    for _ in range(2):
+        assert fastest({"direct": lambda: like}, "a broken kernel", 1, like, {"kernel": broken}) is like
+    (said,) = (CHOSEN.pop(key) for key in list(CHOSEN) if key.startswith("a broken kernel"))
+    assert said == "direct (kernel does not run: Failed to find C compiler.)"
+
+
+def test_another_way_that_fails_is_not_hidden() -> None:
+    def broken() -> torch.Tensor:
+        raise RuntimeError("a mistake")
+
+    with pytest.raises(RuntimeError, match="a mistake"):
+        fastest({"direct": lambda: torch.zeros(1), "other": broken}, "a broken way", 1, torch.zeros(1))

@@ -3,13 +3,16 @@
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+from backends.refusals import first_line
 
 Way: TypeAlias = Callable[[], Tensor]
 
@@ -27,7 +30,9 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRIES = 5  # of each way, in turn: the first one may compile, allocate, or pick a kernel
 
 
-def fastest(ways: Mapping[str, Way], what: str, samples: int, like: Tensor) -> Tensor:
+def fastest(
+    ways: Mapping[str, Way], what: str, samples: int, like: Tensor, kernels: Mapping[str, Way] | None = None
+) -> Tensor:
     """Return the tensor by the way that is fastest for `what`; when that is new, all are tried.
 
     Args:
@@ -35,7 +40,11 @@ def fastest(ways: Mapping[str, Way], what: str, samples: int, like: Tensor) -> T
         what: All that the speed of the ways depends on but device, dtype and the number of samples.
         samples: Their number; its power of two is part of what the choice is made for.
         like: Any tensor of the dtype and on the device.
+        kernels: Ways by Triton's kernels, which are tried too where they are wanted. One that does not run (there is no
+            compiler, the GPU has too little of something) is never the fastest.
     """
+    if kernels and with_kernels(like):
+        ways = {**ways, **{name: _Kernel(way) for name, way in kernels.items()}}
     return ways[fastest_name(ways, what, samples, like)]()
 
 
@@ -53,7 +62,21 @@ def fastest_name(ways: Mapping[str, Callable[[], object]], what: str, samples: i
         seconds = {name: min(r[name] for r in rounds) for name in ways}
         _RANKED[key] = known = sorted(ways, key=lambda name: seconds[name])
         CHOSEN[key] = known[0]
+        for name, way in ways.items():
+            if isinstance(way, _Kernel) and way.failure:
+                CHOSEN[key] += f" ({name} does not run: {way.failure})"
     return known[0]
+
+
+@dataclass
+class _Kernel:
+    """A way by a Triton kernel, and why it does not run."""
+
+    way: Way
+    failure: str = ""
+
+    def __call__(self) -> Tensor:
+        return self.way()
 
 
 def is_tf32(like: Tensor) -> bool:
@@ -104,14 +127,22 @@ def capturing(like: Tensor) -> bool:
 
 
 def timed(way: Callable[[], object], like: Tensor) -> float:
-    """Return how many seconds a way takes; endless where it needs more memory than there is."""
+    """Return how many seconds a way takes; endless where it needs more memory than there is, or its kernel fails."""
+    if isinstance(way, _Kernel) and way.failure:
+        return float("inf")
     _wait(like)
     start = time.perf_counter()
-    with suppress(torch.OutOfMemoryError):
+    try:
         way()
         _wait(like)
         return time.perf_counter() - start
-    return float("inf")
+    except torch.OutOfMemoryError:
+        return float("inf")
+    except Exception as error:
+        if not isinstance(way, _Kernel):
+            raise
+        way.failure = first_line(error)
+        return float("inf")
 
 
 def _wait(like: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backends.ops.choice import capturing, fastest, is_tf32, with_kernels
+from backends.ops.choice import Way, capturing, fastest, is_tf32
 from backends.ops.persample import WIDER, Dense, Empty, Outer, PerSample, at_a_time, fresh, outer
 from backends.ops.rules import Pieces, rule
 
@@ -99,15 +99,15 @@ class Correlation(PerSample):
         """Return ‖g_i‖² [N]; of small images perhaps as of a matrix that each patch went through, in the Gram form."""
         positions, (p, *others) = self.y.shape[1] * prod(self.y.shape[3:]), self.shape
         fewer = positions * (p + prod(others)) < p * prod(others)  # multiplications
-        ways = {"direct": super().squares}
+        ways: dict[str, Way] = {"direct": super().squares}
         if self.groups == 1 and fewer and self.like.dtype in WIDER and not capturing(self.like):
             ways["gram"] = self.squares_by_gram
-        if with_kernels(self.like):
-            if positions >= MANY and (self.like.dtype != torch.float32 or is_tf32(self.like)):
-                ways["implicit_gemm"] = lambda: product_of(self).squares()
-            if self.groups == 1:
-                ways["patches, fused"] = self.squares_by_patches
-        return fastest(ways, f"norms of {self.geometry()}", self.samples, self.like)
+        kernels: dict[str, Way] = {}
+        if positions >= MANY and (self.like.dtype != torch.float32 or is_tf32(self.like)):
+            kernels["implicit_gemm"] = lambda: product_of(self).squares()
+        if self.groups == 1:
+            kernels["patches, fused"] = self.squares_by_patches
+        return fastest(ways, f"norms of {self.geometry()}", self.samples, self.like, kernels)
 
     def squares_by_patches(self) -> Tensor:
         """Return ‖g_i‖² [N] by a Triton kernel on patches, some samples at a time."""

@@ -52,31 +52,32 @@ class Product:
         height, width = _fitting(p, LARGEST), _fitting(q, LARGEST if p > LARGEST else LARGEST // 2)  # fastest on H100
         down, across = triton.cdiv(p, height), triton.cdiv(q, width)
         out = self.y.new_empty(len(self.y), self.groups * down * across, dtype=torch.float32)
-        _product[(out.numel(),)](
-            self.x,
-            self.y,
-            out,
-            (*self.x.stride()[:3], *_three(self.x.stride()[3:], 0)),
-            (*self.y.stride()[:3], *_three(self.y.stride()[3:], 0)),
-            _three(self.x.shape[3:], 1),
-            _three(self.y.shape[3:], 1),
-            _three(self.kernel, 1),
-            _three(self.stride, 1),
-            _three(self.padding, 0),
-            _three(self.dilation, 1),
-            self.y.shape[2] // self.groups,
-            self.x.shape[2] // self.groups,
-            self.y.shape[1] * prod(self.y.shape[3:]),
-            self.groups,
-            down,
-            across,
-            HEIGHT=height,
-            WIDTH=width,
-            DEPTH=DEPTH,
-            PRECISION="tf32" if self.x.is_cuda and torch.backends.cudnn.allow_tf32 else "ieee",
-            num_warps=_warps(height, width),
-            num_stages=STAGES,
-        )
+        with torch.cuda.device_of(self.y):
+            _product[(out.numel(),)](
+                self.x,
+                self.y,
+                out,
+                (*self.x.stride()[:3], *_three(self.x.stride()[3:], 0)),
+                (*self.y.stride()[:3], *_three(self.y.stride()[3:], 0)),
+                _three(self.x.shape[3:], 1),
+                _three(self.y.shape[3:], 1),
+                _three(self.kernel, 1),
+                _three(self.stride, 1),
+                _three(self.padding, 0),
+                _three(self.dilation, 1),
+                self.y.shape[2] // self.groups,
+                self.x.shape[2] // self.groups,
+                self.y.shape[1] * prod(self.y.shape[3:]),
+                self.groups,
+                down,
+                across,
+                HEIGHT=height,
+                WIDTH=width,
+                DEPTH=DEPTH,
+                PRECISION="tf32" if self.x.is_cuda and torch.backends.cudnn.allow_tf32 else "ieee",
+                num_warps=_warps(height, width),
+                num_stages=STAGES,
+            )
         return out.sum(1)
 
 
@@ -87,23 +88,25 @@ def squares_of_products(left: Tensor, right: Tensor) -> Tensor:
     height, width = _fitting(p, LARGEST), _fitting(d, LARGEST)
     down, across = triton.cdiv(p, height), triton.cdiv(d, width)
     out = left.new_empty(n, down * across, dtype=torch.float32)
-    _squares[(down * across, n)](
-        left,
-        right,
-        out,
-        left.stride(),
-        right.stride(),
-        p,
-        d,
-        length,
-        across,
-        HEIGHT=height,
-        WIDTH=width,
-        DEPTH=DEPTH,
-        PRECISION=_precision(left, right) if wide else "ieee",
-        num_warps=_warps(height, width) if wide else 4,
-        num_stages=STAGES,
-    )
+    with torch.cuda.device_of(left):  # Triton launches on the current device
+        _squares[(out.numel(),)](
+            left,
+            right,
+            out,
+            left.stride(),
+            right.stride(),
+            p,
+            d,
+            length,
+            down,
+            across,
+            HEIGHT=height,
+            WIDTH=width,
+            DEPTH=DEPTH,
+            PRECISION=_precision(left, right) if wide else "ieee",
+            num_warps=_warps(height, width) if wide else 4,
+            num_stages=STAGES,
+        )
     return out.sum(1)
 
 
@@ -112,8 +115,11 @@ def outer_products(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     (n, p), d = left.shape, right.shape[1]
     width = _fitting(d, WRITTEN)
     height = WRITTEN // width * ROWS
-    grid = (triton.cdiv(p, height) * triton.cdiv(d, width), n)
-    _outer[grid](left, right, out, left.stride(), right.stride(), p, d, HEIGHT=height, WIDTH=width)
+    down, across = triton.cdiv(p, height), triton.cdiv(d, width)
+    with torch.cuda.device_of(left):
+        _outer[(n * down * across,)](
+            left, right, out, left.stride(), right.stride(), p, d, down, across, HEIGHT=height, WIDTH=width
+        )
     return out
 
 
@@ -211,6 +217,7 @@ def _squares(  # type: ignore[no-untyped-def]
     p,
     d,
     length,
+    down,
     across,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -218,7 +225,7 @@ def _squares(  # type: ignore[no-untyped-def]
     PRECISION: tl.constexpr,
 ):
     """What one tile of one sample's gradient adds to ‖g_i‖²."""
-    tile, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    sample, tile = (tl.program_id(0) // (down * across)).to(tl.int64), tl.program_id(0) % (down * across)
     i = tile // across * HEIGHT + tl.arange(0, HEIGHT)
     j = tile % across * WIDTH + tl.arange(0, WIDTH)
     left_ptr += sample * left_stride[0]
@@ -233,13 +240,25 @@ def _squares(  # type: ignore[no-untyped-def]
             right_ptr + t[:, None] * right_stride[1] + j[None, :] * right_stride[2], mask=right_in, other=0.0
         )
         found = tl.dot(left, right, found, input_precision=PRECISION)
-    tl.store(out_ptr + sample * tl.num_programs(0) + tile, tl.sum(tl.sum(found * found, 1), 0))
+    tl.store(out_ptr + tl.program_id(0), tl.sum(tl.sum(found * found, 1), 0))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _outer(left_ptr, right_ptr, out_ptr, left_stride, right_stride, p, d, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def _outer(  # type: ignore[no-untyped-def]
+    left_ptr,
+    right_ptr,
+    out_ptr,
+    left_stride,
+    right_stride,
+    p,
+    d,
+    down,
+    across,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """One tile of one sample's outer product; torch's own product of broadcast factors takes twice as long (H100)."""
-    tile, sample, across = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.cdiv(d, WIDTH)
+    sample, tile = (tl.program_id(0) // (down * across)).to(tl.int64), tl.program_id(0) % (down * across)
     i = tile // across * HEIGHT + tl.arange(0, HEIGHT)
     j = tile % across * WIDTH + tl.arange(0, WIDTH)
     left = tl.load(left_ptr + sample * left_stride[0] + i * left_stride[1], mask=i < p, other=0.0)

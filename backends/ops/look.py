@@ -43,6 +43,9 @@ NOISE = 8
 UNTOUCHED = 64
 """Roundings by which what a sample shows may change with another sample: matrices may be multiplied in other blocks."""
 
+UNTOUCHED_COARSELY = 8
+"""The same of bfloat16, float16 and TF32, of which 64 would hide a lot of another sample."""
+
 Sample = tuple[Batch, Tensor]
 
 
@@ -203,10 +206,15 @@ def _same(before: Tensor, after: Tensor, kept: Tensor) -> bool:
     """Return whether the kept samples show the same at a tap [N, ...]."""
     if before.shape != after.shape:
         return False
-    roundoff = rounding(before) if before.is_floating_point() else 0.0
     wide = torch.promote_types(before.dtype, torch.float32)
     a, b = (t[kept].flatten(1).to(wide).nan_to_num() for t in (before, after))
-    return bool(((a - b).norm(dim=1) <= UNTOUCHED * roundoff * a.norm(dim=1)).all())
+    return bool(((a - b).norm(dim=1) <= _untouched(before) * a.norm(dim=1)).all())
+
+
+def _untouched(like: Tensor) -> float:
+    """Return how much of itself a tensor may change by when it is the same: autocast leaves tensors in their dtypes."""
+    eps = torch.finfo(like.dtype).eps if like.is_floating_point() else 0.0
+    return UNTOUCHED_COARSELY * max(eps, TF32) if eps >= TF32 or is_tf32(like) else UNTOUCHED * eps
 
 
 def _with_another(batch: Sample, place: int, inputs: Batch) -> tuple[Sample, Tensor]:

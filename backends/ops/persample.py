@@ -16,7 +16,7 @@ from torch import Tensor
 
 from backends.derived import Moments, default_bytes, rows_of, slices, squares_of, weighted_sum, wide
 from backends.heap import LARGEST
-from backends.ops.choice import capturing, fastest, is_tf32, with_kernels
+from backends.ops.choice import capturing, fastest, is_tf32
 
 AT_A_TIME = {"cpu": 2**21}
 """Bytes of gradients made at a time where they are not the result: on a CPU they stay in its cache."""
@@ -186,9 +186,8 @@ class Outer(PerSample):
         ways = {"direct": super().squares}
         if positions * (p + d) < p * d and self.like.dtype in WIDER and not capturing(self.like):
             ways["gram"] = self.squares_by_gram
-        if with_kernels(self.like):
-            ways["fused"] = self.squares_fused
-        return fastest(ways, f"norms of {self.geometry()}", self.samples, self.like)
+        kernels = {"fused": self.squares_fused}
+        return fastest(ways, f"norms of {self.geometry()}", self.samples, self.like, kernels)
 
     def variance(self) -> Tensor:
         """Return 1/N Σ (g_i − ḡ)²; of single vectors perhaps as a difference of moments."""
@@ -264,9 +263,8 @@ def outer(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     ways = {"each": each}
     if not is_tf32(left):
         ways["product"] = partial(torch.bmm, left.mT, right, out=out)
-    if with_kernels(left):
-        ways["kernel"] = partial(_outer_by_kernel, left, right, out)
-    return fastest(ways, f"products {left.shape[2]}×{right.shape[2]}", len(left), left)
+    kernels = {"kernel": partial(_outer_by_kernel, left, right, out)}
+    return fastest(ways, f"products {left.shape[2]}×{right.shape[2]}", len(left), left, kernels)
 
 
 def _outer_by_kernel(left: Tensor, right: Tensor, out: Tensor | None) -> Tensor:
