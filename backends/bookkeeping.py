@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import backends.ops  # noqa: F401  registers the rules
+from backends import precision
 from backends.base import (
     Backend,
     GradsFn,
@@ -45,7 +46,7 @@ from backends.ops.passes import Passes, Way
 from backends.ops.persample import PerSample, fresh
 from backends.ops.several import Together
 from backends.ops.traced import Compiled
-from backends.running import kept_random_state, library_call, without_autocast
+from backends.running import kept_random_state, library_call
 
 R = TypeVar("R", Tensor, Named)
 T = TypeVar("T")
@@ -59,7 +60,8 @@ class Bookkeeping(Backend):
     """One backward pass of output gradients; each quantity is a contraction of pairs (input, output gradient).
 
     Options:
-        reuse_buffers: `grads` writes large results where those of its call before are: they are valid until then.
+        reuse_buffers: `grads` writes large results (as a CUDA graph, all) where those of its call before are: they are
+            valid until then.
         triton: Measure Triton's kernels too, where there are several ways: on a CUDA device, where Triton is installed.
     """
 
@@ -163,7 +165,7 @@ class Bookkeeping(Backend):
         device = next((p.device for p in trainable(model).values()), torch.device("cpu"))
 
         def made(found: dict[str, T]) -> R:
-            with torch.no_grad(), without_autocast(device):
+            with torch.no_grad(), precision.without_autocast(device):
                 return _cast(combine(found), dtypes)  # type: ignore[no-any-return]
 
         def passed(inputs: Batch, targets: Tensor) -> R:

@@ -13,6 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from backends import precision
 from backends.batch import Batch, size, take
 
 Named: TypeAlias = dict[str, Tensor]
@@ -171,7 +172,8 @@ def rows_of_all(grads: Named) -> list[Tensor]:
 
 
 def _products(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    return torch.stack([x @ y.T for x, y in zip(a, b, strict=True)]).sum(0)
+    with precision.without_autocast(a[0].device):
+        return torch.stack([x @ y.T for x, y in zip(a, b, strict=True)]).sum(0)
 
 
 def norms_of(grads: Named) -> Tensor:
@@ -206,7 +208,8 @@ def clip_factors(norms: Tensor, max_norm: float) -> Tensor:
 
 def weighted_sum(weights: Tensor, grads: Tensor) -> Tensor:
     """Return Σ_i w_i g_i [*shape] of weights [N] and per-sample gradients [N, *shape]."""
-    return (weights.to(grads.dtype) @ rows_of(grads)).view(grads.shape[1:])  # einsum takes three times as long on few
+    with precision.without_autocast(grads.device):  # einsum takes three times as long on few numbers
+        return (weights.to(grads.dtype) @ rows_of(grads)).view(grads.shape[1:])
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

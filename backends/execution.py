@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from backends import derived
 from backends.base import MODES, Backend, GradsFn, LossFn, Positive, TensorFn, Unsupported, trainable
@@ -88,14 +89,21 @@ class Executed(Backend):
             fn = _autocast(fn, device, getattr(torch, str(self.inner.autocast)), model)
         if "chunk_size" in self.modes and self.inner.chunk_size:
             fn = self._chunked(fn, quantity, self.inner.chunk_size)
-        return graphed(fn, kept=self.keeps_results) if "cuda_graph" in self.modes else fn
+        if "cuda_graph" in self.modes:
+            return graphed(fn, kept=self.keeps_results or quantity != "grads")  # the only one that reuses buffers
+        return fn
 
     def _chunked(self, fn: Fn, quantity: str, most: int) -> Fn:
         if quantity not in MERGED:
             if not self.inner.native(quantity):
                 return fn  # the derived way takes chunks by itself
             return _whole(fn, quantity, most)
-        return lambda inputs, targets: _merged([fn(*c) for c in derived.chunks(inputs, targets, most)], quantity)
+
+        def chunked(inputs: Batch, targets: Tensor) -> Any:  # noqa: ANN401  as the function
+            parts = (fn(*chunk) for chunk in derived.chunks(inputs, targets, most))
+            return _merged([part if self.keeps_results else tree_map(torch.clone, part) for part in parts], quantity)
+
+        return chunked
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -42,7 +42,7 @@ def graphed(fn: Callable[[Batch, Tensor], Any], *, kept: bool = True) -> Callabl
         if form not in graphs:
             graphs[form] = _record(fn, inputs, targets)
         result = graphs[form].replay(inputs, targets)
-        return tree_map(torch.clone, result) if kept else result
+        return tree_map(torch.clone if kept else torch.Tensor.detach, result)  # dicts are the caller's in any case
 
     return run
 

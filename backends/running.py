@@ -3,7 +3,7 @@
 import re
 import traceback
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -52,11 +52,6 @@ def _modules(model: nn.Module) -> list[nn.Module]:
                 found[id(child)] = child
                 waiting.append(child)
     return list(found.values())
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context without autocast on a device: in it, products are made in the dtype of what is multiplied."""
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import backends
-from backends import available, backend_class
+from backends import available, backend_class, precision
 
 LIBRARIES = ("torch", "torchvision", "numpy", "pydantic", "scikit-learn", "triton")  # and those of the backends
 
@@ -25,8 +25,12 @@ def environment(device: torch.device) -> dict[str, Any]:
         **_fixed(),
         "device": str(device),
         "threads": torch.get_num_threads(),
-        "tf32": torch.backends.cuda.matmul.allow_tf32,
-        "cudnn": {"allow_tf32": cudnn.allow_tf32, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic},
+        "tf32": precision.tf32_in_products(),
+        "cudnn": {
+            "allow_tf32": precision.tf32_in_convolutions(),
+            "benchmark": cudnn.benchmark,
+            "deterministic": cudnn.deterministic,
+        },
         "allocator": os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or "default",
     }
     if device.type == "cuda":

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from backends import get_backend, reference
+from backends import get_backend, precision, reference
 from backends.base import LossFn, clip_factors, trainable
 from backends.batch import Batch, apply, take
 from testbed.agreement import (
@@ -316,8 +316,8 @@ def _roundoff(problem: Problem, autocast: str | None) -> float | None:
         return None
     if autocast:
         return torch.finfo(getattr(torch, autocast)).eps / 2
-    tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
-    return TF32 if tf32 and problem.device.type == "cuda" else None
+    rounded = precision.tf32_in_products() or precision.tf32_in_convolutions()
+    return TF32 if rounded and problem.device.type == "cuda" else None
 
 
 def finite_parts(rows: Rows) -> Rows:

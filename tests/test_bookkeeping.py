@@ -75,6 +75,12 @@ def test_reused_buffers_are_the_same_memory_only_where_asked(monkeypatch: pytest
         assert_close(second, get_backend("naive").grads(model, squares)(real(N, 5) + 1, real(N))["0.weight"])
 
 
+def test_chunks_do_not_share_reused_buffers() -> None:
+    model = linear(60, 50).to(DEVICE, torch.float64)
+    ours = get_backend("bookkeeping", reuse_buffers=True, chunk_size=2).grads(model, squares)
+    assert_close(ours(real(6, 60), real(6)), get_backend("naive").grads(model, squares)(real(6, 60), real(6)))
+
+
 def test_under_autocast_results_are_in_the_parameters_dtype() -> None:
     model = nn.Sequential(linear(64, 64), nn.LayerNorm(64), linear(64, 4)).to(DEVICE)
     inputs, targets = real(N, 3, 64).float(), real(N).float()
@@ -104,6 +110,24 @@ def test_under_autocast_wider_products_are_not_cast_back(quantity: str, monkeypa
     def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
         return outputs.float().square().sum((1, 2, 3))
 
-    getattr(get_backend("bookkeeping", autocast="bfloat16"), quantity)(model, loss_fn)(inputs, targets)
-    assert seen
-    assert not any(seen)
+    for runs in (model, Functional(lambda s, x: s.m(x) if x.sum().item() else None, m=model)):  # the second: one by one
+        seen.clear()
+        getattr(get_backend("bookkeeping", autocast="bfloat16"), quantity)(runs, loss_fn)(inputs, targets)
+        assert seen
+        assert not any(seen)
+
+
+def test_uses_of_a_weight_in_two_dtypes_are_added_in_the_wider() -> None:
+    def twice(s: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast(DEVICE.type, enabled=False):
+            exact = s.c(x.float())
+        return s.c(x).float() + 100 * exact
+
+    model = Functional(twice, c=nn.Conv2d(2, 3, 3)).to(DEVICE, torch.float32)
+    inputs, targets = torch.randn(4, 2, 5, 5, device=DEVICE, dtype=torch.float32), real(4).float()
+    for quantity in ("grads", "clipped_sum"):
+        ours, loop = (
+            getattr(get_backend(b, autocast="bfloat16"), quantity)(model, squares)(inputs, targets)
+            for b in ("bookkeeping", "naive")
+        )
+        assert (ours["c.weight"] - loop["c.weight"]).norm() <= 1e-4 * loop["c.weight"].norm()

@@ -166,7 +166,7 @@ def test_it_is_right_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "33 passed" in done.stdout
+    assert "35 passed" in done.stdout
 
 
 def compiled(kernel: Any, constants: dict[str, Any], kinds: dict[str, Any]) -> Any:
@@ -248,3 +248,26 @@ def test_another_way_that_fails_is_not_hidden() -> None:
 
     with pytest.raises(RuntimeError, match="a mistake"):
         fastest({"direct": lambda: torch.zeros(1), "other": broken}, "a broken way", 1, torch.zeros(1))
+
+
+def far(t: torch.Tensor) -> torch.Tensor:
+    """Return the same numbers, of whose samples some are 2³¹ numbers from the first, in memory that is not touched."""
+    memory = torch.empty(2**31 + 2**20, dtype=t.dtype, device="cpu")
+    apart = memory.as_strided(t.shape, (t.stride(0), 2**30, *t.stride()[2:]))
+    return apart.copy_(t)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="memory that is not touched is there on Linux, on a CPU")
+def test_numbers_of_a_sample_may_be_far_apart() -> None:
+    from backends.ops.kernels import squares_of_products
+
+    left, right = (torch.randn(2, 3, 16).half() for _ in range(2))
+    assert torch.equal(squares_of_products(far(left), right), squares_of_products(left, right))
+    assert torch.equal(squares_of_products(left, far(right)), squares_of_products(left, right))
+
+
+def test_a_sample_that_is_too_large_for_a_kernel_is_refused() -> None:
+    from backends.ops.kernels import _within_reach
+
+    with pytest.raises(ValueError, match="a sample of 2147483648 numbers is too large for a kernel; at most"):
+        _within_reach(torch.empty(1, device="meta").expand(2, 2**16, 2**15).contiguous())

@@ -12,6 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from backends import precision
 from backends.refusals import first_line
 
 Way: TypeAlias = Callable[[], Tensor]
@@ -19,7 +20,7 @@ Way: TypeAlias = Callable[[], Tensor]
 CHOSEN: dict[str, str] = {}
 """What has been chosen in this process by measuring and trying, by what it was chosen for; records show it."""
 
-_RANKED: dict[str, list[str]] = {}
+_RANKED: dict[tuple[str, torch.device], list[str]] = {}
 """The names of all ways that were measured, the fastest first: not every one can be had while ops are recorded."""
 
 _KERNELS = False  # no ContextVar: on CUDA, autograd runs the backward pass in a thread of its own
@@ -52,15 +53,15 @@ def fastest_name(ways: Mapping[str, Callable[[], object]], what: str, samples: i
     """Return which way is fastest; see `fastest`."""
     if len(ways) == 1:
         return next(iter(ways))
-    dtype = "TF32" if is_tf32(like) else str(like.dtype).removeprefix("torch.")
+    dtype = "TF32" if precision.tf32_allowed(like) else str(like.dtype).removeprefix("torch.")
     key = f"{what}, {dtype}, {like.device.type}, {1 << samples.bit_length() - 1} samples or more"
-    known = [name for name in _RANKED.get(key, ()) if name in ways]
+    known = [name for name in _RANKED.get((key, like.device), ()) if name in ways]
     if len(known) < len(ways):
         if capturing(like):  # warming up, outside of the capture, has chosen
             return (known or list(ways))[0]
         rounds = [{name: timed(way, like) for name, way in ways.items()} for _ in range(TRIES)]
         seconds = {name: min(r[name] for r in rounds) for name in ways}
-        _RANKED[key] = known = sorted(ways, key=lambda name: seconds[name])
+        _RANKED[key, like.device] = known = sorted(ways, key=lambda name: seconds[name])
         CHOSEN[key] = known[0]
         for name, way in ways.items():
             if isinstance(way, _Kernel) and way.failure:
@@ -77,12 +78,6 @@ class _Kernel:
 
     def __call__(self) -> Tensor:
         return self.way()
-
-
-def is_tf32(like: Tensor) -> bool:
-    """Return whether products of float32 may be rounded to TF32, of matrices or in convolutions."""
-    allowed = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
-    return allowed and like.is_cuda and like.dtype == torch.float32
 
 
 @contextmanager

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backends.ops.choice import Way, capturing, fastest, is_tf32
+from backends import precision
+from backends.ops.choice import Way, capturing, fastest
 from backends.ops.persample import WIDER, Dense, Empty, Outer, PerSample, at_a_time, fresh, outer
 from backends.ops.rules import Pieces, rule
 
@@ -103,7 +104,7 @@ class Correlation(PerSample):
         if self.groups == 1 and fewer and self.like.dtype in WIDER and not capturing(self.like):
             ways["gram"] = self.squares_by_gram
         kernels: dict[str, Way] = {}
-        if positions >= MANY and (self.like.dtype != torch.float32 or is_tf32(self.like)):
+        if positions >= MANY and (self.like.dtype != torch.float32 or precision.tf32_allowed(self.like)):
             kernels["implicit_gemm"] = lambda: product_of(self).squares()
         if self.groups == 1:
             kernels["patches, fused"] = self.squares_by_patches

@@ -18,9 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from backends import precision
+
 LARGEST = 128  # rows and columns of a tile at most
 DEPTH = 32  # products added at a time
 WRITTEN, ROWS = 1024, 8  # numbers that a program writes in a row, and rows, of outer products
+FARTHEST = 2**31 - 1 - LARGEST * DEPTH  # numbers from the first of a sample, with room for what is masked
 STAGES = 3  # of loads that are under way
 
 
@@ -45,6 +48,10 @@ class Product:
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "x", _within_reach(self.x))
+        object.__setattr__(self, "y", _within_reach(self.y))
 
     def squares(self) -> Tensor:
         """Return ‖g_i‖² [N], in float32; no gradient is written."""
@@ -74,7 +81,7 @@ class Product:
                 HEIGHT=height,
                 WIDTH=width,
                 DEPTH=DEPTH,
-                PRECISION="tf32" if self.x.is_cuda and torch.backends.cudnn.allow_tf32 else "ieee",
+                PRECISION="tf32" if self.x.is_cuda and precision.tf32_in_convolutions() else "ieee",
                 num_warps=_warps(height, width),
                 num_stages=STAGES,
             )
@@ -83,6 +90,7 @@ class Product:
 
 def squares_of_products(left: Tensor, right: Tensor) -> Tensor:
     """Return ‖Σ_t left_it right_itᵀ‖² [N], in float32, of [N, T, p] and [N, T, d] with any strides."""
+    left, right = _within_reach(left), _within_reach(right)
     (n, length, p), d = left.shape, right.shape[2]
     wide = left.dtype == torch.float32
     height, width = _fitting(p, LARGEST), _fitting(d, LARGEST)
@@ -112,6 +120,7 @@ def squares_of_products(left: Tensor, right: Tensor) -> Tensor:
 
 def outer_products(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """Write left_i right_iᵀ of [N, p] and [N, d] with any strides into a contiguous [N, p, d], and return it."""
+    left, right, _ = _within_reach(left), _within_reach(right), _within_reach(out)
     (n, p), d = left.shape, right.shape[1]
     width = _fitting(d, WRITTEN)
     height = WRITTEN // width * ROWS
@@ -123,6 +132,22 @@ def outer_products(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+def _within_reach(t: Tensor) -> Tensor:
+    """Return a tensor [N, ...] of whose samples a kernel can count the numbers in 32 bits: this one, or a copy.
+
+    Where samples are on another axis, those of a sample may be far from each other.
+
+    Raises:
+        ValueError: There are too many of them.
+    """
+    farthest = sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True))
+    if farthest < FARTHEST:
+        return t
+    if prod(t.shape[1:]) > FARTHEST:
+        raise ValueError(f"a sample of {prod(t.shape[1:])} numbers is too large for a kernel; at most {FARTHEST}")
+    return t.contiguous()
+
+
 def _precision(left: Tensor, right: Tensor) -> str:
     """Return how float32 is multiplied: TF32 wants T to be the last axis in memory, else parts in bfloat16 are faster.
 
@@ -130,7 +155,7 @@ def _precision(left: Tensor, right: Tensor) -> str:
     """
     if not left.is_cuda:
         return "ieee"  # the interpreter knows no other
-    if not torch.backends.cuda.matmul.allow_tf32:
+    if not precision.tf32_in_products():
         return "bf16x6"
     return "tf32" if left.stride(1) == right.stride(1) == 1 else "bf16x3"
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from backends import precision
 from backends.base import Named
 from backends.batch import Batch, apply, size, take, tensors
-from backends.ops.choice import is_tf32
 from backends.ops.footprint import Footprint, pairs, saved
 from backends.ops.persample import PerSample
 from backends.ops.questions import Questions
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 SPREAD = 4  # samples of the batch that are looked at, from the first to the last
 
-SAME = ((2.0**-10, 0.1), (2.0**-23, 0.01), (0.0, 1e-6))
+COARSE = 2.0**-10
+"""`finfo.eps` of float16; bfloat16's is larger."""
+
+SAME = ((COARSE, 0.1), (2.0**-23, 0.01), (0.0, 1e-6))
 """(roundings of at least this size, how far gradients may be apart, relative to their norm, that are the same but for
 rounding and kinks)."""
-
-TF32 = 2.0**-10
-"""What `finfo` would say of ten bits of mantissa."""
 
 NOISE = 8
 """Roundings of the whole gradient that one of a parameter may be apart besides: some are zero but for rounding."""
@@ -44,7 +44,7 @@ UNTOUCHED = 64
 """Roundings by which what a sample shows may change with another sample: matrices may be multiplied in other blocks."""
 
 UNTOUCHED_COARSELY = 8
-"""The same of bfloat16, float16 and TF32, of which 64 would hide a lot of another sample."""
+"""The same of bfloat16 and float16, of which 64 would hide a lot of another sample."""
 
 Sample = tuple[Batch, Tensor]
 
@@ -72,6 +72,7 @@ class Looked(NamedTuple):
     footprint: Footprint
 
 
+@precision.without_tf32()  # which hides what a sample shows of others, as other coarse arithmetic does
 def looked(passes: "Passes", inputs: Batch, targets: Tensor) -> Looked:
     """Return which ways are right, and what they hold."""
     few = _few(inputs, targets)
@@ -183,11 +184,11 @@ def _near(ours: Named, theirs: Named) -> bool:
 
 
 def rounding(like: Tensor) -> float:
-    """Return how far apart numbers near 1 are in the arithmetic of a tensor: that of its dtype, TF32 or autocast."""
+    """Return how far apart numbers near 1 are in the arithmetic of a tensor: its dtype's, or that of autocast."""
     device, dtype = like.device.type, like.dtype
-    if torch.is_autocast_enabled(device):
+    if dtype != torch.float64 and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    return max(torch.finfo(dtype).eps, TF32 if is_tf32(like) else 0.0)
+    return torch.finfo(dtype).eps
 
 
 def _fingerprint(g: Tensor) -> tuple[float, ...]:
@@ -214,7 +215,7 @@ def _same(before: Tensor, after: Tensor, kept: Tensor) -> bool:
 def _untouched(like: Tensor) -> float:
     """Return how much of itself a tensor may change by when it is the same: autocast leaves tensors in their dtypes."""
     eps = torch.finfo(like.dtype).eps if like.is_floating_point() else 0.0
-    return UNTOUCHED_COARSELY * max(eps, TF32) if eps >= TF32 or is_tf32(like) else UNTOUCHED * eps
+    return (UNTOUCHED_COARSELY if eps >= COARSE else UNTOUCHED) * eps
 
 
 def _with_another(batch: Sample, place: int, inputs: Batch) -> tuple[Sample, Tensor]:

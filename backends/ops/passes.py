@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from backends import precision
 from backends.base import LossFn, Named, trainable
 from backends.batch import Batch, apply, call, signature, size, take
 from backends.ops.choice import CHOSEN
@@ -35,7 +36,7 @@ from backends.ops.persample import Dense, PerSample
 from backends.ops.recurrent import leave_unflattened
 from backends.ops.several import Stacked
 from backends.ops.taps import Each, Layout, Recorder, Uncovered
-from backends.running import kept_attributes, kept_buffers, kept_random_state, without_autocast
+from backends.running import kept_attributes, kept_buffers, kept_random_state
 
 PerParameter: TypeAlias = dict[str, PerSample]
 
@@ -191,7 +192,7 @@ class Passes:
         for i in range(size(inputs)):
             with kept_buffers(self.model):
                 found.append(alone(take(inputs, slice(i, i + 1)), targets[i : i + 1], itself))
-        with torch.no_grad():
+        with torch.no_grad(), precision.without_autocast(targets.device):
             return {name: each(name, Stacked([one.pop(name) for one in found])) for name in self.values}
 
     def _of_one(self, inputs: Batch, targets: Tensor, each: Each) -> dict[str, Any]:
@@ -206,7 +207,7 @@ class Passes:
 
     def _of_one_plainly(self, inputs: Batch, targets: Tensor, each: Each) -> dict[str, Any]:
         found = self.plain(inputs, targets)
-        with torch.no_grad():
+        with torch.no_grad(), precision.without_autocast(targets.device):
             return {name: each(name, Dense(g[None])) for name, g in found.items()}
 
     def _token(self, n: int) -> Tensor:
@@ -223,7 +224,7 @@ class Passes:
         wanted = [token, *copies.values(), *self.parameters.values()]
         found: Sequence[Tensor | None] = [None] * len(wanted)
         if losses.requires_grad:
-            with without_autocast(losses.device):  # a wider product of pairs would be cast back
+            with precision.without_autocast(losses.device):  # a wider product of pairs would be cast back
                 found = torch.autograd.grad(losses.sum(), wanted, allow_unused=True)
         used = [(name, g) for name, g in zip([*copies, *self.parameters], found[1:], strict=True)]
         by_copies, direct = used[: len(copies)], used[len(copies) :]

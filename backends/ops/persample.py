@@ -14,9 +14,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from backends import precision
 from backends.derived import Moments, default_bytes, rows_of, slices, squares_of, weighted_sum, wide
 from backends.heap import LARGEST
-from backends.ops.choice import capturing, fastest, is_tf32
+from backends.ops.choice import capturing, fastest
 
 AT_A_TIME = {"cpu": 2**21}
 """Bytes of gradients made at a time where they are not the result: on a CPU they stay in its cache."""
@@ -261,7 +262,7 @@ def outer(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     if not left.is_cuda:  # on a CPU this takes a third of the time of a product of matrices
         return each()
     ways = {"each": each}
-    if not is_tf32(left):
+    if not precision.tf32_allowed(left):
         ways["product"] = partial(torch.bmm, left.mT, right, out=out)
     kernels = {"kernel": partial(_outer_by_kernel, left, right, out)}
     return fastest(ways, f"products {left.shape[2]}×{right.shape[2]}", len(left), left, kernels)

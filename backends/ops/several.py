@@ -24,7 +24,7 @@ class Sum(PerSample):
         if not self.terms:
             return self.like.new_zeros(len(range(self.samples)[some]), *self.shape)
         first, *others = self.terms
-        total = first.rows(some).clone() if isinstance(first, Dense) else first.rows(some)
+        total = first.rows(some).to(self.like.dtype, copy=isinstance(first, Dense))  # under autocast, dtypes may differ
         for term in others:
             total += term.rows(some)
         return total
@@ -36,7 +36,7 @@ class Sum(PerSample):
         if not self.terms:
             return self.like.new_zeros(self.shape)
         first, *others = self.terms
-        total = first.weighted(factors)
+        total = first.weighted(factors).to(self.like.dtype)
         for term in others:
             total += term.weighted(factors)
         return total

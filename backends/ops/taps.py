@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from backends import precision
 from backends.base import Named
 from backends.ops.persample import PerSample
 from backends.ops.rules import OVER_THE_BATCH, ROLES, RULES, UNDER_VMAP, Bound, Op, Rule
 from backends.ops.several import added
-from backends.running import without_autocast
 
 Each: TypeAlias = Callable[[str, PerSample], Any]
 """(a parameter's name, its per-sample gradients) -> what is wanted of them."""
@@ -243,7 +243,7 @@ class Recorder(TorchFunctionMode):
     @torch.no_grad()
     def all_wanted(self, samples: int) -> dict[str, Any]:
         """Return what is wanted of each parameter's gradients; both passes are over."""
-        with without_autocast(self.token.device):
+        with precision.without_autocast(self.token.device):
             for name in list(self.found):
                 self._finish(name, samples)
         return {name: self.wanted[name] for name in self.values}
