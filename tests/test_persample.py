@@ -22,6 +22,7 @@ def forms() -> dict[str, PerSample]:
     return {
         "dense": Dense(real(N, 4, 5)),
         "dense, a scalar parameter": Dense(real(N)),
+        "outer, no vector": Outer(real(N, 0, 4), real(N, 0, 5)),
         "outer, one vector": Outer(real(N, 1, 4), real(N, 1, 5)),
         "outer, few vectors": Outer(real(N, 2, 40), real(N, 2, 50)),
         "outer, many vectors": Outer(real(N, 30, 4), real(N, 30, 5)),

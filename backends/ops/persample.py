@@ -192,7 +192,7 @@ class Outer(PerSample):
 
     def variance(self) -> Tensor:
         """Return 1/N Σ (g_i − ḡ)²; of single vectors perhaps as a difference of moments."""
-        if self.left.shape[1] > 1 or self.like.dtype not in WIDER:
+        if self.left.shape[1] != 1 or self.like.dtype not in WIDER:
             return super().variance()
         ways = {"moments": self.variance_by_moments}
         if self.bytes() <= bytes_at_a_time(self.like):
@@ -216,7 +216,7 @@ class Outer(PerSample):
         return torch.mm(left.flatten(0, 1).mT, right.flatten(0, 1), out=out)
 
     def gram(self) -> Tensor:  # noqa: D102
-        if self.left.shape[1] > 1:
+        if self.left.shape[1] != 1:
             return super().gram()
         left, right = self.left[:, 0], self.right[:, 0]
         return (left @ left.mT) * (right @ right.mT)
@@ -256,7 +256,7 @@ def sum_of(parts: Iterable[Tensor]) -> Tensor:
 
 def outer(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """Return Σ_t left_it right_itᵀ [N, p, d] of [N, T, p] and [N, T, d]."""
-    if left.shape[1] > 1:
+    if left.shape[1] != 1:
         return torch.bmm(left.mT, right, out=out)
     each = partial(torch.mul, left.mT, right, out=out)
     if not left.is_cuda:  # on a CPU this takes a third of the time of a product of matrices
