@@ -111,7 +111,7 @@ def test_passes_are_an_ordinary_steps_where_that_is_the_same(name: str, position
 
 @pytest.mark.parametrize(("share", "dtype"), [(1e-4, torch.float32), (0.02, torch.bfloat16), (0.002, torch.float16)])
 def test_a_little_of_another_sample_is_seen_in_few_bits_too(share: float, dtype: torch.dtype) -> None:
-    model = Functional(lambda s, x: s.b(s.a(x) + share * s.a(x.flip(0))).sin(), a=linear(5, 5), b=linear(5, 5))
+    model = Functional(lambda s, x: s.b((h := s.a(x)) + share * h.flip(0)).sin(), a=linear(5, 5), b=linear(5, 5))
     model.to(DEVICE, dtype)
     assert not over_the_batch(model, real(6, 3, 5).to(dtype), real(6).to(dtype))
     model._forward = lambda s, x: s.b(s.a(x)).sin()
