@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backends import get_backend
@@ -15,8 +16,9 @@ from backends.ops.live import peak
 from backends.ops.parts import InParts
 from backends.ops.passes import Passes
 from backends.ops.persample import Dense, Outer
+from backends.ops.several import Sum
 from tests.asserts import assert_close
-from tests.cases import DEVICE, linear, real, squares
+from tests.cases import DEVICE, Functional, linear, real, squares
 
 pytestmark = pytest.mark.usefixtures("own_random_state")
 
@@ -77,6 +79,24 @@ def test_gradients_are_kept_where_there_is_memory_to_spare(
     assert len(seen) == contractions
     for name, t in get_backend("naive").clipped_sum(model, squares, max_norm=0.1)(inputs, targets).items():
         assert_close(found[name], t)
+
+
+@pytest.mark.parametrize(("spare", "weighted_later"), [(0, 1), (2**20, 0)])
+def test_gradients_of_a_weight_with_two_uses_are_kept_too(
+    spare: int, weighted_later: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Sum] = []
+    weighted = Sum.weighted
+    monkeypatch.setattr(Sum, "weighted", lambda self, *args: seen.append(self) or weighted(self, *args))
+    monkeypatch.setattr(Footprint, "spare", lambda self, samples: spare)
+    monkeypatch.setattr("backends.ops.persample.LITTLE", 0)
+    model = Functional(lambda s, x: F.linear(s.e(x), s.e.weight).sin(), e=nn.Embedding(16, 16)).to(
+        DEVICE, torch.float64
+    )
+    inputs, targets = torch.arange(20, device=DEVICE).view(4, 5) % 16, real(4)
+    found = get_backend("bookkeeping").clipped_sum(model, squares, max_norm=0.1)(inputs, targets)
+    assert len(seen[-1:]) == weighted_later
+    assert_close(found, get_backend("naive").clipped_sum(model, squares, max_norm=0.1)(inputs, targets))
 
 
 def perceptron() -> tuple[nn.Module, Tensor]:

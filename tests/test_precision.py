@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from torch import nn
 
 from backends import get_backend, precision
 from testbed.environment import environment
-from tests.cases import DEVICE, linear, real, squares
+from tests.cases import DEVICE, Functional, linear, real, squares
 
 pytestmark = pytest.mark.usefixtures("own_random_state")
 
@@ -78,6 +79,21 @@ def test_in_the_block_it_is_not_allowed_and_after_it_all_is_as_before(setting: C
         assert not precision.tf32_in_convolutions()
         assert setting is newer or "may not be read" not in state()[3:5]
     assert state() == before
+
+
+def test_samples_are_looked_at_without_it() -> None:
+    """Coarse arithmetic would hide what they show of each other."""
+    older()
+    seen: list[bool] = []
+
+    def forward(s: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        seen.append(precision.tf32_in_products())
+        return s.a(x)
+
+    model = Functional(forward, a=linear(5, 4)).to(DEVICE, torch.float64)
+    get_backend("bookkeeping").grads(model, squares)(real(3, 5), real(3))
+    assert seen == sorted(seen)  # looks come first
+    assert (seen[0], seen[-1]) == (False, True)
 
 
 def test_only_float32_on_cuda_is_rounded_to_tf32() -> None:
