@@ -19,12 +19,12 @@ SWITCHES: tuple[Any, ...] = (_PRODUCTS, _CUDNN.conv, _CUDNN.rnn)
 
 def tf32_in_products() -> bool:
     """Return whether products of matrices may be rounded."""
-    return bool(SWITCHES[0].fp32_precision == "tf32")
+    return bool(_PRODUCTS.fp32_precision == "tf32")
 
 
 def tf32_in_convolutions() -> bool:
     """Return whether convolutions may be."""
-    return bool(SWITCHES[1].fp32_precision == "tf32")
+    return bool(_CUDNN.conv.fp32_precision == "tf32")
 
 
 def tf32_allowed(like: Tensor) -> bool:
