@@ -59,6 +59,14 @@ def test_what_waits_for_the_host_is_said_of_the_ordinary_step_too() -> None:
     assert "Launch-bound" not in text(on_gpu("naive", 3, 0.5), on_gpu("vmap", 2, 0.5))
 
 
+@pytest.mark.parametrize(("peak", "said"), [(0.9, True), (1.1, False)])
+def test_a_limit_that_the_step_beats_is_none(peak: float, said: bool) -> None:
+    made = record("naive", 3)
+    limit = {"flops": 100, "peak_flops": peak * 100 / STEP, "seconds": STEP / peak, "bytes": 1, "bandwidth": 1e9}
+    found = text(replace(made, timing={**made.timing, "limit": limit}))
+    assert ("• The limit is none here: something slowed the device down" in found) == said
+
+
 def test_a_graphs_memory_is_not_in_its_peak() -> None:
     said = "• vmap(cuda_graph=True): peak leaves out what a CUDA graph holds from call to call"
     assert said in text(on_gpu("naive", 3, 0.5), on_gpu("vmap", 2, 0.1, cuda_graph=True))

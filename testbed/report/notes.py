@@ -29,6 +29,7 @@ def notes(records: Sequence[Record]) -> list[str]:
         *_warnings(records),
         _noise(records),
         *_disturbed(records),
+        *_slow_ceilings(records),
     ]
     return [note for note in [_winner(records), *on_results, *on_times] if note]
 
@@ -135,6 +136,15 @@ def _graphs(records: Sequence[Record]) -> list[str]:
     graphs = [r.label for r in records if r.options.get("cuda_graph") and r.memory.get("peak_bytes") is not None]
     said = "peak leaves out what a CUDA graph holds from call to call, all that its ops need."
     return [f"{', '.join(graphs)}: {said}"] if graphs else []
+
+
+def _slow_ceilings(records: Sequence[Record]) -> list[str]:
+    """Say where the limit is none: the ordinary step did its operations faster than the device's measured ceiling."""
+    for timing in (r.timing for r in records if r.timing.get("limit") and r.timing.get("ordinary")):
+        limit, step = timing["limit"], timing["ordinary"]
+        if limit.get("flops", 0) > limit.get("peak_flops", float("inf")) * step.get("median_s", float("inf")):
+            return ["The limit is none here: something slowed the device down while its ceilings were measured."]
+    return []
 
 
 def _disturbed(records: Sequence[Record]) -> list[str]:
