@@ -1,5 +1,6 @@
 """What every test shares: one thread's worth of determinism, and a truth for each case that is computed once."""
 
+import gc
 import os
 import signal
 import threading
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from backends import available, get_backend, reference
 from backends.base import BACKENDS, Unsupported
@@ -20,6 +23,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
 if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would ours
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _spared_by_the_collector() -> None:
+    """Let the garbage collector pass over what stays, such as libraries: else a measured peak costs half a second."""
+    given(st.none())(lambda _: None)()  # Hypothesis looks once for who holds random generators, and freezing hides them
+    gc.collect()
+    gc.freeze()
 
 
 @cache
@@ -76,6 +87,12 @@ def _untouched_random_state() -> Any:
     changed = not torch.equal(torch.get_rng_state(), before)
     torch.set_rng_state(before)
     assert not changed, "the global random state was changed"
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs in this process draw no page: a second each, and what is drawn has tests of its own."""
+    monkeypatch.setattr("testbed.commands.run.draw_page", lambda records, folder: None)
 
 
 @pytest.fixture

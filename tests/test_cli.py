@@ -88,7 +88,7 @@ class Ended(NamedTuple):
 
 
 @pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+def call(capsys: pytest.CaptureFixture[str], undrawn: None) -> Callable[..., Ended]:
     """Return a function that runs a command line in this process."""
 
     def run(*arguments: object) -> Ended:

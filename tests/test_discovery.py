@@ -184,7 +184,8 @@ def my_loss(outputs, targets):
     return (outputs - targets).abs().sum(1)
 """)
     (tmp_path / "e.yaml").write_text(
-        "model: {my_model: {width: 5}}\ndata: my_data\nloss: my_loss\nbatch_size: 4\ntiming: {rounds: 2, max_s: 1}\n"
+        "model: {my_model: {width: 5}}\ndata: my_data\nloss: my_loss\nbatch_size: 4\n"
+        "backends: [naive, vmap]\ntiming: {rounds: 2, max_s: 1}\n"
     )
     code = main([str(tmp_path / "e.yaml"), "--plugin", str(tmp_path / "my_model.py"), "--out", str(tmp_path / "run")])
     assert code == 0

@@ -20,7 +20,7 @@ ENDS = {
     "first_exit": ("crash", "ended its process with exit code 0"),
     "first_exit_7": ("crash", "ended its process with exit code 7"),
     "first_killed": ("crash", r"killed by SIGKILL \(killed\)"),
-    "first_hang": ("timeout", r".* took longer than 15 s \(limits.timeout_s\)"),
+    "first_hang": ("timeout", r".* took longer than 10 s \(limits.timeout_s\)"),
     "first_host_memory": ("oom", r".*can't allocate memory.* \(limits.memory_gb: 5\)"),
     "first_poisoned": ("error", r"AcceleratorError: CUDA error: an illegal memory access .*\(failing.py:\d+.*"),
     "first_interrupts": ("error", r"KeyboardInterrupt: not the user \(failing.py:\d+.*"),
@@ -28,7 +28,7 @@ ENDS = {
     "timed_segfault": ("crash", "killed by SIGSEGV .*"),
 }
 ALL = f"""{SMALL}
-limits: {{timeout_s: 15, memory_gb: 5}}
+limits: {{timeout_s: 10, memory_gb: 5}}
 timing: {{rounds: 3, max_s: 30}}
 backends: [naive, vmap, {", ".join(ENDS)}]
 """
@@ -79,7 +79,7 @@ def test_the_others_are_measured_as_if_nothing_had_been(ran: Ran, name: str) -> 
     record = ran.records[f"{name} grads"]
     assert (record.status, len(record.timing["samples_s"]), record.timing["stopped_by"]) == ("ok", 3, "rounds")
     assert record.environment["processes"] == "one a backend"
-    assert record.environment["limits"] == {"timeout_s": 15, "memory_gb": 5}
+    assert record.environment["limits"] == {"timeout_s": 10, "memory_gb": 5}
 
 
 def test_nothing_is_left_behind(ran: Ran) -> None:

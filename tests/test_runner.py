@@ -111,6 +111,7 @@ def test_a_right_backend_beside_wrong_ones_stays_right(all_wrong: Any) -> None:
     assert code == 1
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("name", WRONG)
 def test_each_planted_error_alone_ends_with_exit_1(name: str, tmp_path: Path) -> None:
     code, _ = run(tmp_path, f"planted_{name}")

@@ -145,6 +145,7 @@ def edit(folder: Path, change: Callable[[Record], Record | None]) -> None:
     (folder / "run" / "results.jsonl").write_text(text, encoding="utf-8")
 
 
+@pytest.mark.usefixtures("undrawn")
 class TestResume:
     """`--resume DIR` runs exactly what is missing."""
 

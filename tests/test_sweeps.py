@@ -192,7 +192,7 @@ def test_dry_run_says_what_would_run_and_how_much_is_excluded(load: Any, tmp_pat
 
 
 def test_problem_that_cannot_be_made_costs_the_others_nothing(tmp_path: Path, capsys: Any) -> None:
-    code, records = run(tmp_path, FAST + "model: [logistic, simple_cnn, mlp]\nbatch_size: 2")
+    code, records = run(tmp_path, FAST + "model: [logistic, simple_cnn, mlp]\nbatch_size: 2", "--in-process")
     assert code == 2
     assert capsys.readouterr().err.endswith("takes 1×28×28 inputs with 10 outputs, the data has 5 with 3\n")
     assert [(r.problem["model"], r.status) for r in records] == [
