@@ -196,6 +196,8 @@ RULES = [
     ("_adds_up_groups", BACKPACK_NORMS, "Conv2d(groups=2)", "those of an ungrouped convolution"),
 ]
 
+NEWER = {"GroupNorm(bias=False)"}  # cases of options that the oldest supported torch lacks
+
 
 @pytest.mark.filterwarnings("ignore")  # a library's warning is no failure of it
 @pytest.mark.parametrize(
@@ -207,7 +209,11 @@ def test_each_rule_is_needed(rule: str, variant: Variant, name: str, words: str)
         backend_class(backend).load()
     except Unavailable as absence:
         pytest.skip(str(absence))
-    setup = next(c for c in all_cases() if c.name == name).build()
+    case = next((c for c in all_cases() if c.name == name), None)
+    if case is None and name in NEWER:
+        pytest.skip(f"torch {torch.__version__} has no such option")
+    assert case is not None
+    setup = case.build()
     args = (setup.inputs, setup.targets)
     with pytest.raises(Unsupported, match=re.escape(words)):
         getattr(get_backend(backend, **options), quantity)(setup.model, setup.loss_fn)(*args)
