@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,9 @@ from torch import nn
 from torch.torch_version import TorchVersion
 
 from backends import get_backend
-from backends.ops.choice import CHOSEN, fastest
+from backends.ops.choice import CHOSEN, fastest, kernels
 from backends.ops.conv import Correlation, grouped
+from backends.ops.persample import Outer
 from tests.cases import DEVICE, Functional, linear, squares
 
 triton = pytest.importorskip("triton")
@@ -172,7 +174,7 @@ def test_it_is_right_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "35 passed" in done.stdout
+    assert "40 passed" in done.stdout
 
 
 def compiled(kernel: Any, constants: dict[str, Any], kinds: dict[str, Any]) -> Any:
@@ -246,6 +248,43 @@ def test_a_kernel_that_does_not_run_is_not_the_fastest_and_that_is_said(monkeypa
         assert fastest({"direct": lambda: like}, "a broken kernel", 1, like, {"kernel": broken}) is like
     (said,) = (CHOSEN.pop(key) for key in list(CHOSEN) if key.startswith("a broken kernel"))
     assert said == "direct (kernel does not run: Failed to find C compiler.)"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t * (1 + 1e-6), ""),  # a few roundings
+        (lambda t: t * 1.01, " (kernel is off by 5.0e-02 where the norm is 5.0e+00)"),
+        (lambda t: t.roll(1), " (kernel is off by inf where the norm is 5.0e+00)"),
+        (lambda t: t * torch.nan, " (kernel is off by nan where the norm is 5.0e+00)"),
+    ],
+    ids=["rounded", "scaled", "permuted", "nan"],
+)
+def test_a_kernel_that_is_wrong_is_not_the_fastest_and_that_is_said(
+    change: Any, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backends.ops.choice.with_kernels", lambda like: True)
+    right = torch.tensor([4.0, torch.inf, -3.0], dtype=torch.float32)  # infinity is no number to compare with
+
+    def slow() -> torch.Tensor:
+        time.sleep(0.01)
+        return right
+
+    what = f"a kernel{said}"
+    found = fastest({"slow": slow}, what, 1, right, {"kernel": lambda: change(right)})
+    (chosen,) = (CHOSEN.pop(key) for key in list(CHOSEN) if key.startswith(f"{what}, "))
+    assert chosen == (f"slow{said}" if said else "kernel")
+    assert torch.equal(found, right) == bool(said)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="only there bfloat16 is multiplied as if its bits were whole numbers")
+def test_where_a_kernel_is_wrong_it_is_left_out() -> None:
+    left, right = (torch.randn(N, 7, size).bfloat16() for size in (5, 21))
+    with kernels(True):
+        squares = Outer(left, right).squares()
+    exact = (left.double().mT @ right.double()).square().sum((1, 2))
+    assert (squares.double() / exact - 1).abs().max() <= 2**-8
+    assert "(fused is off by" in CHOSEN["norms of 7 products 5×21, bfloat16, cpu, 2 samples or more"]
 
 
 def test_another_way_that_fails_is_not_hidden() -> None:

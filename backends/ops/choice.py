@@ -42,10 +42,11 @@ def fastest(
         samples: Their number; its power of two is part of what the choice is made for.
         like: Any tensor of the dtype and on the device.
         kernels: Ways by Triton's kernels, which are tried too where they are wanted. One that does not run (there is no
-            compiler, the GPU has too little of something) is never the fastest.
+            compiler, the GPU has too little of something), or not to the same tensor, is never the fastest.
     """
     if kernels and with_kernels(like):
-        ways = {**ways, **{name: _Kernel(way) for name, way in kernels.items()}}
+        first = next(iter(ways.values()))
+        ways = {**ways, **{name: _Kernel(way, first) for name, way in kernels.items()}}
     return ways[fastest_name(ways, what, samples, like)]()
 
 
@@ -59,25 +60,45 @@ def fastest_name(ways: Mapping[str, Callable[[], object]], what: str, samples: i
     if len(known) < len(ways):
         if capturing(like):  # warming up, outside of the capture, has chosen
             return (known or list(ways))[0]
+        for way in ways.values():
+            if isinstance(way, _Kernel):
+                way.compare(like)
         rounds = [{name: timed(way, like) for name, way in ways.items()} for _ in range(TRIES)]
         seconds = {name: min(r[name] for r in rounds) for name in ways}
         _RANKED[key, like.device] = known = sorted(ways, key=lambda name: seconds[name])
         CHOSEN[key] = known[0]
         for name, way in ways.items():
             if isinstance(way, _Kernel) and way.failure:
-                CHOSEN[key] += f" ({name} does not run: {way.failure})"
+                CHOSEN[key] += f" ({name} {way.failure})"
     return known[0]
 
 
 @dataclass
 class _Kernel:
-    """A way by a Triton kernel, and why it does not run."""
+    """A way by a Triton kernel, another one to the same tensor, and what is the matter with the kernel."""
 
     way: Way
+    other: Way
     failure: str = ""
 
     def __call__(self) -> Tensor:
         return self.way()
+
+    def compare(self, like: Tensor) -> None:
+        """Find out whether the kernel runs, to the same tensor: no GPU is like the one on which it was written.
+
+        What is looked for is a wrong number, not a rounding: half of the digits shall be the same.
+        """
+        eps = 2**-10 if precision.tf32_allowed(like) else torch.finfo(like.dtype).eps
+        try:
+            right = self.other().clone()  # both ways may write to the same memory
+            gap, whole = (t[right.isfinite()].float().norm().item() for t in (self.way() - right, right))
+            if not gap <= eps**0.5 * whole:
+                self.failure = f"is off by {gap:.1e} where the norm is {whole:.1e}"
+        except torch.OutOfMemoryError:
+            self.failure = "needs more memory than there is to be compared"
+        except Exception as error:
+            self.failure = f"does not run: {first_line(error)}"
 
 
 @contextmanager
@@ -132,11 +153,6 @@ def timed(way: Callable[[], object], like: Tensor) -> float:
         _wait(like)
         return time.perf_counter() - start
     except torch.OutOfMemoryError:
-        return float("inf")
-    except Exception as error:
-        if not isinstance(way, _Kernel):
-            raise
-        way.failure = first_line(error)
         return float("inf")
 
 
