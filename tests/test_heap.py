@@ -3,6 +3,7 @@
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from backends.heap import keep_freed
 from testbed import memory
 from tests.cases import squares
 
+ROOT = Path(__file__).parent.parent
 CALLS = """
 import ctypes, resource
 from backends.heap import give_back, keep_freed
@@ -29,18 +31,22 @@ def faults():
         libc.free(block)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
+first = faults()
 keep_freed()
 faults()
 faults()
 again = faults()
 give_back()
-print(again, faults())
+print(first, again, faults())
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
 def test_freed_memory_is_kept_until_it_is_given_back() -> None:
-    again, given_back = map(int, subprocess.check_output([sys.executable, "-c", CALLS], text=True).split())
+    done = subprocess.check_output([sys.executable, "-c", CALLS], text=True, cwd=ROOT)
+    first, again, given_back = map(int, done.split())
+    if first == 0:
+        pytest.skip("this system counts no page faults")
     assert given_back > 12000  # pages; a call writes 12288
     assert again < 100
 
