@@ -23,7 +23,7 @@ def size(batch: Batch) -> int:
     """Return N, the number of samples.
 
     Raises:
-        ValueError: The batch holds no tensor, something else than tensors, or tensors of different lengths.
+        ValueError: The batch holds no tensor, something else than tensors, tensors of different lengths, or no sample.
     """
     found = tensors(batch) if isinstance(batch, Tensor | tuple | list | dict) else []
     if not found or not all(isinstance(t, Tensor) and t.dim() > 0 for t in found):
@@ -31,6 +31,8 @@ def size(batch: Batch) -> int:
     lengths = {t.shape[0] for t in found}
     if len(lengths) > 1:
         raise ValueError(f"all tensors of a batch have the same first dimension N, found {sorted(lengths)}")
+    if lengths == {0}:
+        raise ValueError("a batch holds at least one sample, found none")
     return lengths.pop()
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from backends.base import LossFn, Named, Unsupported, describe, first_line, own_copy, trainable
-from backends.batch import Batch, call, take
+from backends.batch import Batch, call, size, take
 from backends.graphs import recording
 
 
@@ -84,7 +84,9 @@ def library_call(
 
     Raises:
         Unsupported: The block failed, though an ordinary forward and backward pass of one sample works.
+        ValueError: The inputs are no batch, or one of no samples.
     """
+    size(inputs)
     try:
         with torch.enable_grad(), kept_buffers(used) if buffers else nullcontext(), kept_random_state(used):
             yield

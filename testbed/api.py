@@ -113,7 +113,7 @@ def check_arguments(model: nn.Module, loss_fn: LossFn, inputs: Batch, targets: T
         raise TypeError(
             f"loss_fn should be a function (outputs, targets) -> losses [N], found {type(loss_fn).__name__}"
         )
-    if size(inputs) != size(targets) or size(inputs) == 0:
+    if size(inputs) != size(targets):
         raise ValueError(f"inputs and targets should hold as many samples, found {size(inputs)} and {size(targets)}")
     parameters = list(model.parameters())
     if not any(p.is_floating_point() for p in parameters if not is_lazy(p)):

@@ -122,6 +122,16 @@ def test_batches_of_another_length_work(backend: Backend, case: Case, run: Run) 
     assert_close(one, {name: g[:1] for name, g in grads.items()})
 
 
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_a_batch_of_no_samples_is_refused_with_the_reason(backend: Backend, quantity: str) -> None:
+    case = named("mlp")
+    if quantity not in backend.quantities:
+        pytest.skip(f"computes {', '.join(backend.quantities)} only")
+    fn = getattr(backend, quantity)(case.model, case.loss_fn)
+    with pytest.raises(ValueError, match="a batch holds at least one sample, found none"):
+        fn(take(case.inputs, slice(0, 0)), case.targets[:0])
+
+
 def get_fn(backend: Backend, case: Case) -> Callable[..., Any]:
     return backend.grads(case.model, case.loss_fn)
 
