@@ -55,6 +55,11 @@ def cast(batch: B, dtype: torch.dtype) -> B:
     return apply(lambda t: t.to(dtype) if t.is_floating_point() else t, batch)
 
 
+def detached(batch: B) -> B:
+    """Return the batch without a gradient of its own, which nobody asks for: the caller's `.grad` stays as it was."""
+    return apply(torch.detach, batch) if any(t.requires_grad for t in tensors(batch)) else batch
+
+
 def signature(batch: Batch) -> tuple[object, ...]:
     """Return what a batch looks like apart from N and its values: names, shapes and dtypes of its tensors."""
     names = tuple(batch) if isinstance(batch, dict) else ()

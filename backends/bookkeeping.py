@@ -36,7 +36,7 @@ from backends.base import (
     register,
     trainable,
 )
-from backends.batch import Batch
+from backends.batch import Batch, detached
 from backends.derived import wide
 from backends.heap import LARGEST, keep_freed
 from backends.ops.choice import CHOSEN, fastest_name, kernels, with_kernels
@@ -179,6 +179,7 @@ class Bookkeeping(Backend):
         parts = merge and not self.compile and InParts(whole, passes.plain, merge, what)
 
         def fn(inputs: Batch, targets: Tensor) -> R:
+            inputs, targets = detached(inputs), detached(targets)
             with kernels(self.triton), library_call(model, own, loss_fn, inputs, targets, buffers=False):
                 if not parts:
                     return whole(inputs, targets)

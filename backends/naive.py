@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from backends.base import Backend, GradsFn, LossFn, Named, own_copy, register, trainable
-from backends.batch import Batch, call, size, take
+from backends.batch import Batch, call, detached, size, take
 from backends.running import kept_buffers, kept_random_state
 
 
@@ -37,6 +37,7 @@ class Naive(Backend):
             return [g.to_dense() if g.is_sparse else g for g in grads]
 
         def fn(inputs: Batch, targets: Tensor) -> Named:
+            inputs, targets = detached(inputs), detached(targets)
             samples = [slice(i, i + 1) for i in range(size(inputs))]
             with kept_random_state(model):
                 rows = [one(take(inputs, i), take(targets, i)) for i in samples]

@@ -191,6 +191,106 @@ def test_padding_has_no_gradient_even_where_it_is_not_finite() -> None:
         assert_close(ours(tokens, real(6).to(DEVICE)), loop(tokens, real(6).to(DEVICE)))
 
 
+def of_each_other(s: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
+    """Put the batch's mean where a sample has nothing: others change it, and it changes nobody."""
+    return s.a(torch.where(mask, x, (x * mask).sum(0) / mask.sum(0).clamp(min=1))).sin()
+
+
+def scattered(s: nn.Module, x: Tensor, tokens: Tensor) -> Tensor:
+    """Put features where tokens say, as LLaVA does with those of an image."""
+    return s.b(x.masked_scatter((tokens == 9)[..., None].expand_as(x), s.a(x[:, :2])).tanh())
+
+
+def up_to_the_longest(s: nn.Module, x: Tensor, length: Tensor) -> Tensor:
+    return (s.a(x).tanh() * (torch.arange(x.shape[1], device=x.device) < length.max())[:, None]).sum(1)
+
+
+def split(s: nn.Module, x: Tensor, at: Tensor) -> Tensor:
+    left, right = torch.tensor_split(x, at[:1].cpu(), dim=1)  # of a batch, where the first sample says
+    return s.a(left).tanh().sum(1) + s.b(right).tanh().sum(1)
+
+
+def packed(s: nn.Module, x: Tensor, length: Tensor) -> Tensor:
+    x.sub_(0.1)
+    found = nn.utils.rnn.pack_padded_sequence(x, length.cpu(), True, False)
+    found = found._replace(data=s.a(found.data).tanh())
+    return s.b(nn.utils.rnn.pad_packed_sequence(found, True, total_length=x.shape[1])[0].sum(1))
+
+
+FULL, RAGGED = torch.full((6,), 3), torch.tensor([3, 1, 2, 3, 1, 2])
+TWO_EACH, NOT_EACH = torch.tensor([[9, 9, 1], [1, 9, 9]] * 3), torch.tensor([[9, 9, 1], [1, 9, 1]] * 3)
+LATER: dict[str, tuple[Forward, Batch, Batch]] = {
+    "sorted": (sorted_by_length, (real(6, 5), torch.ones(6).int()), (real(6, 5), RAGGED.int())),
+    "scattered": (scattered, (real(6, 3, 5), TWO_EACH), (real(6, 3, 5), NOT_EACH)),
+    "up to the longest": (up_to_the_longest, (real(6, 4, 5), FULL), (real(6, 4, 5), RAGGED)),
+    "split": (split, (real(6, 4, 5), torch.ones(6).long()), (real(6, 4, 5), RAGGED)),
+    "packed": (packed, (real(6, 4, 5), torch.full((6,), 2)), (real(6, 4, 5), RAGGED)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", LATER)
+def test_what_the_first_batch_does_not_show_is_right_in_later_ones(name: str) -> None:
+    forward, *batches = LATER[name]
+    model = model_of(forward)
+    ours, loop = (get_backend(b).grads(model, squares) for b in ("bookkeeping", "naive"))
+    for inputs in (*batches, batches[0]):
+        ours_in, loop_in = (apply(lambda t: t.to(DEVICE, copy=True), inputs) for _ in range(2))
+        assert_close(ours(ours_in, real(6).to(DEVICE)), loop(loop_in, real(6).to(DEVICE)))
+
+
+def test_a_sample_that_others_change_is_noticed() -> None:
+    mask = torch.ones(7, 5, device=DEVICE).bool()
+    mask[3, ::2] = False
+    model, inputs = model_of(of_each_other), (real(7, 5).to(DEVICE), mask)
+    ours, loop = (get_backend(b).grads(model, squares) for b in ("bookkeeping", "naive"))
+    assert_close(ours(inputs, real(7).to(DEVICE)), loop(inputs, real(7).to(DEVICE)))
+
+
+LONG, SHORT = torch.tensor([[1, 2, 3, 1, 2], [2, 1, 2, 1, 1]] * 4), torch.tensor([1, 0, 0, 0, 0])
+LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[Tensor]]] = {
+    "by how many there are of its class": (
+        lambda o, t: F.cross_entropy(o, t, reduction="none") / (t[:, None] == t).sum(1),
+        [torch.tensor([0, 0, 1, 1, 2, 3, 3, 4])],  # of those that are looked at, no two have the same
+    ),
+    "by the longest target": (
+        lambda o, t: (o.sin() * (t > 0)).sum(1) / (t > 0).sum(1).max(),
+        [LONG, torch.cat([LONG[:5], SHORT[None], LONG[6:]])],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_that_asks_for_other_targets_is_noticed(name: str) -> None:
+    loss, batches = LOSSES[name]
+    model, inputs = model_of(lambda s, x: s.a(x)), real(8, 5).to(DEVICE)
+    ours, loop = (get_backend(b).norms(model, loss) for b in ("bookkeeping", "naive"))
+    for targets in batches:
+        assert_close(ours(inputs, targets.to(DEVICE)), loop(inputs, targets.to(DEVICE)))
+
+
+def test_targets_of_another_form_are_looked_at_anew() -> None:
+    model, inputs = model_of(lambda s, x: s.c(x), c=linear(5, 1)), real(6, 5).to(DEVICE)
+    ours, loop = (get_backend(b).norms(model, lambda o, t: (o - t).square().mean(1)) for b in ("bookkeeping", "naive"))
+    for targets in (real(6, 1).to(DEVICE), real(6).to(DEVICE)):  # these make a matrix with the outputs
+        assert_close(ours(inputs, targets), loop(inputs, targets))
+
+
+def test_a_head_with_one_output_is_run_over_the_batch() -> None:
+    model, inputs = model_of(lambda s, x: s.c(x).sin(), c=linear(5, 1)), real(6, 5).to(DEVICE)
+    assert model.c.bias is not None
+    ours, loop = (get_backend(b).grads(model, squares) for b in ("bookkeeping", "naive"))
+    assert_close(ours(inputs, real(6).to(DEVICE)), loop(inputs, real(6).to(DEVICE)))
+    assert CHOSEN["passes of Functional"] == "over the batch"
+
+
+@pytest.mark.parametrize("name", ["bookkeeping", "naive"])
+def test_inputs_get_no_gradient(name: str) -> None:
+    inputs = real(6, 5).to(DEVICE).requires_grad_()
+    get_backend(name).grads(model_of(lambda s, x: s.a(x).sin()), squares)(inputs, real(6).to(DEVICE))
+    assert inputs.grad is None
+
+
 @pytest.mark.parametrize("n", [6, 16])
 def test_inputs_that_the_model_changes_are_changed_once(n: int) -> None:
     model = nn.Sequential(nn.SiLU(inplace=True), linear(5, 5)).to(DEVICE, torch.float64)

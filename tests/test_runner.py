@@ -237,7 +237,7 @@ class TestCompare:
             ({"model": nn.LazyLinear(2)}, "the model has"),
             ({"model": nn.Linear(5, 2, device="meta")}, "parameters without values (meta device"),
             ({"loss_fn": None}, "loss_fn should be a function"),
-            ({"inputs": torch.zeros(0, 5), "targets": torch.zeros(0)}, "found 0 and 0"),
+            ({"inputs": torch.zeros(0, 5), "targets": torch.zeros(0)}, "a batch holds at least one sample, found none"),
             ({"targets": torch.zeros(5)}, "found 6 and 5"),
             ({"inputs": {"x": [1.0]}}, "a batch is a tensor"),
             ({"backends": "vmpa"}, "unknown backend 'vmpa' (did you mean 'vmap'?)"),

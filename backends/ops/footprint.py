@@ -20,15 +20,17 @@ FREE = KEPT
 
 
 class Footprint(NamedTuple):
-    """Bytes of one sample.
+    """Bytes of one sample, and whether it is left as it was.
 
     Attributes:
         step: What an ordinary forward pass saves for the backward pass.
         pairs: What all pairs take, or gradients where they take less.
+        changes: Whether the model changes its inputs in place.
     """
 
     step: int
     pairs: int
+    changes: bool = False
 
     def spare(self, samples: int) -> int:
         """Return how many bytes may be held besides the pairs."""

@@ -1,8 +1,8 @@
 """Which ways to run both passes are right for a model: each is held against plain autograd on a few samples.
 
-A pass over the batch shall be right for other samples too. So none of the few may change what another one shows; values
-may be asked for, or how many there are of something, only where vmap has answered, which knows whose they are; and at
-each place gradients must have told samples apart.
+A pass over the batch shall be right for other samples too. So none of the few may change what another one shows, nor be
+put in an order by values; values may be asked for, or how many there are of something, only where vmap has answered,
+which knows whose they are; and at each place gradients must have told samples apart.
 """
 
 from collections import defaultdict
@@ -39,6 +39,9 @@ rounding and kinks)."""
 
 NOISE = 8
 """Roundings of the whole gradient that one of a parameter may be apart besides: some are zero but for rounding."""
+
+KINKS = 10.0
+"""Times as far apart they may be where numbers are made up, which are large: more of a net's ReLUs are near a kink."""
 
 UNTOUCHED = 64
 """Roundings by which what a sample shows may change with another sample: matrices may be multiplied in other blocks."""
@@ -99,7 +102,8 @@ def _footprint(passes: "Passes", batch: Sample, right: Sequence[_Candidate]) -> 
     there, step = [*passes.model.parameters(), *passes.model.buffers(), *tensors(inputs)], 0
     with going_on():
         step = saved(partial(passes.plain, inputs, targets), there)
-    return Footprint(step, pairs(right[0].found[-1].values()) if right else 0)
+    changes = any(t._version for t in tensors(inputs))
+    return Footprint(step, pairs(right[0].found[-1].values()) if right else 0, changes)
 
 
 def _few(inputs: Batch, targets: Tensor) -> list[Sample]:
@@ -127,18 +131,32 @@ def _over_the_batch(passes: "Passes", few: Sequence[Sample], inputs: Batch, apar
     with going_on():
         with Questions() as questions:
             (first, earlier, _), (second, layout, seen) = (passes.looked_at(*_copied(b), apart=apart) for b in few)
-        others = (_with_another(few[-1], place, inputs) for place in (0, -1))  # sorting may leave one end as it is
-        if earlier == layout and not any(_is_touched(passes, other, seen, apart) for other in others):
+        others = (_with_another(few[-1], *how) for how in ((0, inputs, False), (-1, inputs, False), (-1, inputs, True)))
+        placed = earlier == layout and not questions.ordered
+        if placed and not any(_is_touched(passes, other, seen, apart) for other in others):
             found = _Candidate(passes.over_the_batch(layout), [first, second], layout, questions.asked)
     return found
 
 
 def _is_touched(passes: "Passes", other: tuple[Sample, Tensor], seen: Sequence[Tensor], apart: bool) -> bool:
-    """Return whether samples show something else at taps once another one of them is another."""
-    (batch, kept), after = other, None
+    """Return whether samples show something else once another one of them is another: at taps, or in gradients.
+
+    That other one is in new company too, so its gradients, and everyone's, are held against those of it alone.
+    """
+    (batch, kept), found, after = other, dict[str, PerSample](), list[Tensor]()
     with going_on():  # the other one may be out of bounds
-        _, _, after = passes.looked_at(*batch, apart=apart)
-    return after is not None and not all(_same(a, b, kept) for a, b in zip(seen, after, strict=True))
+        found, _, after = passes.looked_at(*_copied(batch), apart=apart)
+    if not all(_same(a, b, kept) for a, b in zip(seen, after, strict=bool(found))):
+        return True
+    if not found or rounding(next(iter(passes.values.values()))) >= COARSE:
+        return False  # far numbers round too far to tell
+    for i in range(len(kept)):
+        truth: Named = {}
+        with going_on():
+            truth = passes.plain(*_copied(_sample(batch, i)))
+        if truth and not _near(_row(found, i), truth, KINKS):
+            return True
+    return False
 
 
 def _judged(
@@ -172,10 +190,10 @@ def _row(found: dict[str, PerSample], i: int) -> Named:
 
 
 @torch.no_grad()
-def _near(ours: Named, theirs: Named) -> bool:
+def _near(ours: Named, theirs: Named, slack: float = 1.0) -> bool:
     """Return whether one sample's gradients are the same; where theirs are not finite, nothing is said."""
     eps = rounding(next(iter(theirs.values())))
-    share, noise = next(share for least, share in SAME if eps >= least), NOISE * eps
+    share, noise = slack * next(share for least, share in SAME if eps >= least), NOISE * eps
     if any(ours[name].shape != t.shape for name, t in theirs.items()):
         return False
     gaps = torch.stack([(ours[name] - t).norm() for name, t in theirs.items()])
@@ -218,25 +236,40 @@ def _untouched(like: Tensor) -> float:
     return (UNTOUCHED_COARSELY if eps >= COARSE else UNTOUCHED) * eps
 
 
-def _with_another(batch: Sample, place: int, inputs: Batch) -> tuple[Sample, Tensor]:
+def _with_another(batch: Sample, place: int, inputs: Batch, alike: bool) -> tuple[Sample, Tensor]:
     """Return a batch with another sample in a place, and which [N] are as they were.
 
-    It has larger numbers, of the other sign; and tokens, lengths and masks of a sample of the whole batch that differs.
+    It has larger numbers, of the other sign. Its tokens, lengths, masks and class are its neighbour's, if it shall be
+    alike, else those of a sample of the whole batch that differs, or smaller ones.
     """
+    few, targets = batch
+    neighbour = place + 1 if place == 0 else place - 1
 
     def changed(t: Tensor, whole: Tensor) -> Tensor:
         t = t.clone()
-        if t.is_floating_point():
+        if t.is_floating_point() or t.is_complex():
             t[place] = t[place] * -8 - 1
+        elif alike:
+            t[place] = t[neighbour]
         else:
-            t[place] = whole[(whole != t[place]).reshape(len(whole), -1).any(1).int().argmax()]
+            differs = (whole != t[place]).reshape(len(whole), -1).any(1)
+            t[place] = whole[differs.int().argmax()] if differs.any() else _less(t[place])
         return t
 
-    few, targets = batch
     kept = torch.ones(len(targets), dtype=torch.bool, device=targets.device)
     kept[place] = False
-    changes = iter(tensors(inputs))
-    return (apply(lambda t: changed(t, next(changes)), few), targets.clone()), kept
+    changes, targets = iter(tensors(inputs)), targets.clone()
+    targets[place] = targets[neighbour] if alike or targets.is_floating_point() else _less(targets[place])
+    return (apply(lambda t: changed(t, next(changes)), few), targets), kept
+
+
+def _less(t: Tensor) -> Tensor:
+    """Return a smaller number (a length, a class), or a mask with less in it: where all samples have the same."""
+    if t.dim() == 0:
+        return t if t.dtype == torch.bool else t - (t > 1).to(t.dtype)
+    t = t.clone()
+    t.flatten()[-1:].zero_()
+    return t
 
 
 def _copied(batch: Sample) -> Sample:

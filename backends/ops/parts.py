@@ -51,11 +51,11 @@ class InParts(Generic[R]):
 
     def __call__(self, inputs: Batch, targets: Tensor) -> R:
         """Return the result."""
-        return self._in(self.counts.get(_form(inputs), 1), inputs, targets)
+        return self._in(self.counts.get(_form(inputs, targets), 1), inputs, targets)
 
     def knows(self, inputs: Batch, targets: Tensor) -> bool:
         """Return whether it is known how many parts are best, or there is no choice."""
-        return _form(inputs) in self.counts or size(inputs) == 1 or capturing(targets)
+        return _form(inputs, targets) in self.counts or size(inputs) == 1 or capturing(targets)
 
     def choose(self, inputs: Batch, targets: Tensor) -> None:
         """Measure how many parts are best: twice as many while that takes too much memory, or does not take longer."""
@@ -65,7 +65,7 @@ class InParts(Generic[R]):
             if not seconds[more] <= EQUAL * seconds[best]:
                 break
             best = more
-        self.counts[_form(inputs)] = best
+        self.counts[_form(inputs, targets)] = best
         CHOSEN[f"{self.what} of {n} samples"] = "all at once" if best == 1 else f"in {best} parts"
 
     def _least(self, inputs: Batch, targets: Tensor) -> int:
@@ -119,5 +119,5 @@ def _copies(inputs: Batch, targets: Tensor) -> tuple[Batch, Tensor]:
     return apply(torch.clone, inputs), targets.clone()
 
 
-def _form(inputs: Batch) -> object:
-    return signature(inputs), size(inputs)
+def _form(inputs: Batch, targets: Tensor) -> object:
+    return signature(inputs), signature(targets), size(inputs)

@@ -28,7 +28,7 @@ from torch.func import functional_call, vmap
 
 from backends import precision
 from backends.base import LossFn, Named, trainable
-from backends.batch import Batch, apply, call, signature, size, take
+from backends.batch import Batch, apply, call, signature, size, take, tensors
 from backends.ops.choice import CHOSEN
 from backends.ops.footprint import NOTHING, Footprint
 from backends.ops.look import going_on, itself, looked
@@ -82,10 +82,14 @@ class Passes:
 
     def __call__(self, inputs: Batch, targets: Tensor, each: Each) -> dict[str, Any]:
         """Run both passes; what a way cannot do with these very inputs, the next one does."""
-        form = (signature(inputs), size(inputs) == 1)
+        form = _form(inputs, targets)
         ways = self.ways.get(form) or self._looked(form, inputs, targets)
         self.footprint = self.footprints[form]
+        kept = apply(torch.clone, inputs) if self.footprint.changes else None
         for count, way in enumerate(ways):
+            if kept is not None and count > 0:  # the way before has left them half changed
+                for t, was in zip(tensors(inputs), tensors(kept), strict=True):
+                    t.copy_(was)
             with going_on(count < len(ways) - 1), kept_buffers(self.model):
                 found = way.run(inputs, targets, each)
                 if form in self.ways:
@@ -97,7 +101,7 @@ class Passes:
 
     def way(self, inputs: Batch, targets: Tensor) -> Way:
         """Return the way that these inputs are run."""
-        form = (signature(inputs), size(inputs) == 1)
+        form = _form(inputs, targets)
         self(inputs, targets, itself)
         return (self.ways.get(form) or self._looked(form, inputs, targets))[0]
 
@@ -229,6 +233,10 @@ class Passes:
         used = [(name, g) for name, g in zip([*copies, *self.parameters], found[1:], strict=True)]
         by_copies, direct = used[: len(copies)], used[len(copies) :]
         return {k: g for k, g in by_copies if g is not None}, {k: g for k, g in direct if g is not None}
+
+
+def _form(inputs: Batch, targets: Tensor) -> object:
+    return signature(inputs), signature(targets), size(inputs) == 1
 
 
 def _by_identity(given: Mapping[str, Tensor]) -> dict[int, str]:

@@ -53,7 +53,7 @@ class Rule:
         names: Of the op's arguments.
         positional: How many of them may be given by position.
         defaults: Of those that have one.
-        covers: Whether the rule holds for these arguments.
+        covers: Whether the rule holds for these arguments, with the parameters themselves in their roles.
     """
 
     gradients: Callable[..., Pieces]
@@ -77,19 +77,16 @@ class Rule:
         return cls(gradients, names, positional, defaults, covers)
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Bound | None:
-        """Return the op's arguments, or None where the rule does not hold for them; `inspect` takes twice as long."""
+        """Return the op's arguments, or None where the rule does not know them; `inspect` takes twice as long."""
         if len(args) == len(self.names) <= self.positional and not kwargs:
-            return self._bound(dict(zip(self.names, args, strict=True)))
+            return Bound(dict(zip(self.names, args, strict=True)), self.positional)
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         if len(args) > self.positional or len(given) < len(args) + len(kwargs) or not given.keys() <= self.known:
             return None  # some ops have more than one signature
         found = {**self.defaults, **given}
         if len(found) < len(self.names):
             return None
-        return self._bound({name: found[name] for name in self.names})
-
-    def _bound(self, arguments: dict[str, Any]) -> Bound | None:
-        return Bound(arguments, self.positional) if self.covers(arguments) else None
+        return Bound({name: found[name] for name in self.names}, self.positional)
 
 
 class Rewrite(NamedTuple):

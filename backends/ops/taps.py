@@ -257,7 +257,9 @@ class Recorder(TorchFunctionMode):
         if func in self._rules and (bound := self._rules[func].bind(args, kwargs or {})):
             names = {role: self.names[p] for role in ROLES if (p := id(bound.arguments.get(role))) in self.names}
             if names:
-                return self._tapped(func, bound, names)
+                bound.arguments.update({role: self.values[name] for role, name in names.items()})
+                if self._rules[func].covers(bound.arguments):
+                    return self._tapped(func, bound, names)
         return func(*args, **(kwargs or {}))
 
     def _rewritten(self, func: Op, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
@@ -268,7 +270,6 @@ class Recorder(TorchFunctionMode):
 
     def _tapped(self, func: Op, bound: Bound, names: dict[str, str]) -> Tensor:
         x = bound.arguments["input"]
-        bound.arguments.update({role: self.values[name] for role, name in names.items()})
         y = bound.call(func)
         if self.samples is not None:
             place = self._place(x, y, self.samples)
