@@ -284,6 +284,14 @@ def test_a_head_with_one_output_is_run_over_the_batch() -> None:
     assert CHOSEN["passes of Functional"] == "over the batch"
 
 
+def test_a_small_penalty_on_a_parameter_that_is_there_n_times_counts_once() -> None:
+    """In float32 a hundredth is not looked at, and it would grow with N."""
+    model = model_of(lambda s, x: s.c(x.sin())[:, 0] + 2e-4 * s.c.weight.square().sum(), c=linear(5, 1)).float()
+    inputs, targets = real(200, 5).float().to(DEVICE), real(200).float().to(DEVICE)
+    ours, loop = (get_backend(b).norms(model, lambda o, t: (o - t).square()) for b in ("bookkeeping", "naive"))
+    torch.testing.assert_close(ours(inputs, targets), loop(inputs, targets), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["bookkeeping", "naive"])
 def test_inputs_get_no_gradient(name: str) -> None:
     inputs = real(6, 5).to(DEVICE).requires_grad_()

@@ -132,7 +132,7 @@ def _over_the_batch(passes: "Passes", few: Sequence[Sample], inputs: Batch, apar
         with Questions() as questions:
             (first, earlier, _), (second, layout, seen) = (passes.looked_at(*_copied(b), apart=apart) for b in few)
         others = (_with_another(few[-1], *how) for how in ((0, inputs, False), (-1, inputs, False), (-1, inputs, True)))
-        placed = earlier == layout and not questions.ordered
+        placed = earlier == layout and not questions.ordered and passes.copies_are_apart(*_copied(few[-1]))
         if placed and not any(_is_touched(passes, other, seen, apart) for other in others):
             found = _Candidate(passes.over_the_batch(layout), [first, second], layout, questions.asked)
     return found

@@ -147,8 +147,33 @@ class Passes:
         self.model.zero_grad(set_to_none=True)
         return {name: _dense(g) for name, g in found.items()}
 
+    def copies_are_apart(self, inputs: Batch, targets: Tensor) -> bool:
+        """Return whether the first sample's loss asks for no other's copy of a parameter that is there as [N, ...].
+
+        A penalty on it asks for all of them, and may be small beside the loss.
+        """
+        if not self.shared:
+            return True
+        with kept_buffers(self.model):
+            recorder, losses, _, copies = self._forward(inputs, targets)
+        recorder.forward_is_over = True
+        if not losses.requires_grad:
+            return True
+        found = torch.autograd.grad(losses[0], list(copies.values()), allow_unused=True)
+        return not any(g is not None and g[1:].any() for g in found)
+
     def _batch_pass(self, inputs: Batch, targets: Tensor, **how: Any) -> tuple[Recorder, Named]:  # noqa: ANN401
         """Return the recorder of both passes, see there, and the parameters that were there as [N, ...]."""
+        recorder, losses, token, copies = self._forward(inputs, targets, **how)
+        by_copies, missed = self._backward(recorder, losses, token, copies)
+        if missed:
+            raise Uncovered
+        for name, g in by_copies.items():
+            recorder.found[name].append(Dense(g[:, None]))
+        return recorder, copies
+
+    def _forward(self, inputs: Batch, targets: Tensor, **how: Any) -> tuple[Recorder, Tensor, Tensor, Named]:  # noqa: ANN401
+        """Run the forward pass over the batch; return its recorder, the losses, the token, and the copies."""
         n = size(inputs)
         copies = {name: p.expand(n, *p.shape[1:]).requires_grad_() for name, p in self.shared.items()}
         token = self._token(n)
@@ -158,12 +183,7 @@ class Passes:
             losses = self.loss_fn(call(model, inputs), targets)
         if losses.shape != (n,):
             raise Uncovered
-        by_copies, missed = self._backward(recorder, losses, token, copies)
-        if missed:
-            raise Uncovered
-        for name, g in by_copies.items():
-            recorder.found[name].append(Dense(g[:, None]))
-        return recorder, copies
+        return recorder, losses, token, copies
 
     def _vmapped(self, with_rules: bool, inputs: Batch, targets: Tensor, each: Each) -> dict[str, Any]:
         n = size(inputs)
