@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -61,15 +62,21 @@ def test_passes_know_the_footprint_of_each_form() -> None:
         assert passes.footprint.pairs == 8 * (2 * min(10 * length, 25) + 2 * 5)
 
 
+def made_anew(form: Any, spare: int, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return a list that fills with gradients of a form that are weighted from pairs, with so much memory to spare."""
+    seen: list[Any] = []
+    weighted = form.weighted
+    monkeypatch.setattr(form, "weighted", lambda self, *args: seen.append(self) or weighted(self, *args))
+    monkeypatch.setattr(Footprint, "spare", lambda self, samples: spare)
+    monkeypatch.setattr("backends.ops.persample.LITTLE", 0)
+    return seen
+
+
 @pytest.mark.parametrize(("spare", "contractions"), [(0, 2), (2559, 2), (2560, 1), (5119, 1), (5120, 0), (2**20, 0)])
 def test_gradients_are_kept_where_there_is_memory_to_spare(
     spare: int, contractions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[Outer] = []
-    weighted = Outer.weighted
-    monkeypatch.setattr(Outer, "weighted", lambda self, *args: seen.append(self) or weighted(self, *args))
-    monkeypatch.setattr(Footprint, "spare", lambda self, samples: spare)
-    monkeypatch.setattr("backends.ops.persample.LITTLE", 0)
+    seen = made_anew(Outer, spare, monkeypatch)
     model = nn.Sequential(linear(16, 16), nn.Tanh(), linear(16, 16)).to(DEVICE, torch.float64)
     inputs, targets = real(5, 6, 16), real(5)  # 192 numbers of a pair, 256 of a gradient: 2560 bytes more
     fn = get_backend("bookkeeping").clipped_sum(model, squares, max_norm=0.1)
@@ -85,11 +92,7 @@ def test_gradients_are_kept_where_there_is_memory_to_spare(
 def test_gradients_of_a_weight_with_two_uses_are_kept_too(
     spare: int, weighted_later: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[Sum] = []
-    weighted = Sum.weighted
-    monkeypatch.setattr(Sum, "weighted", lambda self, *args: seen.append(self) or weighted(self, *args))
-    monkeypatch.setattr(Footprint, "spare", lambda self, samples: spare)
-    monkeypatch.setattr("backends.ops.persample.LITTLE", 0)
+    seen = made_anew(Sum, spare, monkeypatch)
     model = Functional(lambda s, x: F.linear(s.e(x), s.e.weight).sin(), e=nn.Embedding(16, 16)).to(
         DEVICE, torch.float64
     )

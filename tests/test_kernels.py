@@ -174,7 +174,7 @@ def test_it_is_right_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "40 passed" in done.stdout
+    assert "41 passed" in done.stdout
 
 
 def compiled(kernel: Any, constants: dict[str, Any], kinds: dict[str, Any]) -> Any:
@@ -275,6 +275,15 @@ def test_a_kernel_that_is_wrong_is_not_the_fastest_and_that_is_said(
     (chosen,) = (CHOSEN.pop(key) for key in list(CHOSEN) if key.startswith(f"{what}, "))
     assert chosen == (f"slow{said}" if said else "kernel")
     assert torch.equal(found, right) == bool(said)
+
+
+def test_a_wrong_kernel_is_noticed_where_it_writes_to_the_same_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backends.ops.choice.with_kernels", lambda like: True)
+    out = torch.zeros(3, dtype=torch.float32)
+    fastest({"direct": lambda: out.fill_(2)}, "one memory", 1, out, {"kernel": lambda: out.fill_(3)})
+    (chosen,) = (CHOSEN.pop(key) for key in list(CHOSEN) if key.startswith("one memory"))
+    assert chosen == "direct (kernel is off by 1.7e+00 where the norm is 3.5e+00)"
+    assert out.tolist() == [2, 2, 2]
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="only there bfloat16 is multiplied as if its bits were whole numbers")

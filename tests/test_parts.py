@@ -73,6 +73,7 @@ def test_every_form_of_more_than_one_sample_is_looked_at_once() -> None:
     assert parts.knows(real(16, 5), real(16))
     assert not parts.knows(real(15, 5), real(15))
     assert not parts.knows(real(16, 6), real(16))
+    assert not parts.knows(real(16, 5), real(16, 2))
 
 
 def test_time_alone_divides_no_batch_into_very_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
