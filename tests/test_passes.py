@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from backends import get_backend
@@ -214,6 +215,26 @@ def test_passes_are_run_the_cheapest_way_that_is_right(name: str) -> None:
         ours, loop = (getattr(get_backend(b), quantity)(model, squares) for b in ("bookkeeping", "naive"))
         assert_close(ours(inputs, targets), loop(inputs, targets))
     assert way_of(model, inputs, targets) == way
+
+
+@pytest.mark.parametrize("product", [lambda a, x: a(x), lambda a, x: x @ a.weight], ids=["linear", "matmul"])
+def test_vectors_in_any_order_are_multiplied_as_one_matrix(product: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    """As in a step; by a weight without gradient torch would multiply N matrices where axes have been exchanged."""
+
+    class Products(TorchDispatchMode):
+        many = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.many += func is torch.ops.aten.bmm.default
+            return func(*args, **(kwargs or {}))
+
+    model = Functional(lambda s, x: product(s.a, x.transpose(0, 1)).sin().transpose(0, 1), a=linear(5, 5))
+    model = model.to(DEVICE, torch.float64)
+    passes, inputs, targets = Passes(own_copy(model), squares), real(N, 7, 5), real(N)
+    assert passes.way(inputs, targets).name == "over the batch"
+    with Products() as products:
+        passes(inputs, targets, itself)
+    assert not products.many
 
 
 def test_a_batch_that_fails_leaves_the_cheapest_way_as_it_was() -> None:

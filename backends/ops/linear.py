@@ -37,14 +37,14 @@ def _adds_a_row(arguments: Mapping[str, Any]) -> bool:
     return _is_matrix(arguments) and (bias is None or bias.shape == weight.shape[:1])
 
 
-@rule(F.linear, covers=_adds_a_row)
+@rule(F.linear, covers=_adds_a_row, folds=True)
 def linear(g: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Pieces:
     """For y = x Wᵀ + b."""
     g = vectors(g)
     return {"weight": Outer(g, vectors(input)), **({} if bias is None else {"bias": summed(g)})}
 
 
-@rule(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__, covers=_is_matrix)
+@rule(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__, covers=_is_matrix, folds=True)
 def matmul(g: Tensor, input: Tensor, weight: Tensor) -> Pieces:
     """For y = x W."""
     return {"weight": Outer(vectors(input), vectors(g))}

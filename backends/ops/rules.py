@@ -54,6 +54,8 @@ class Rule:
         positional: How many of them may be given by position.
         defaults: Of those that have one.
         covers: Whether the rule holds for these arguments, with the parameters themselves in their roles.
+        folds: Whether the op multiplies vectors [..., d] as one matrix, which torch does for contiguous ones only where
+            the weight needs no gradient; others it multiplies by a copy of the weight for each of the first axis.
     """
 
     gradients: Callable[..., Pieces]
@@ -61,6 +63,7 @@ class Rule:
     positional: int
     defaults: Mapping[str, Any]
     covers: Callable[[Mapping[str, Any]], bool]
+    folds: bool = False
 
     @cached_property
     def known(self) -> frozenset[str]:
@@ -68,13 +71,13 @@ class Rule:
         return frozenset(self.names)
 
     @classmethod
-    def of(cls, gradients: Callable[..., Pieces], covers: Callable[[Mapping[str, Any]], bool]) -> "Rule":
+    def of(cls, gradients: Callable[..., Pieces], **known: Any) -> "Rule":  # noqa: ANN401  see `rule`
         """Return the rule of a function, whose arguments but the first, g, are the op's."""
         _, *parameters = inspect.signature(gradients).parameters.values()
         names = tuple(p.name for p in parameters)
         positional = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
         defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-        return cls(gradients, names, positional, defaults, covers)
+        return cls(gradients, names, positional, defaults, **known)
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Bound | None:
         """Return the op's arguments, or None where the rule does not know them; `inspect` takes twice as long."""
@@ -106,16 +109,19 @@ UNDER_VMAP: dict[Op, Rewrite] = {}
 OVER_THE_BATCH: dict[Op, Rewrite] = {}
 
 
-def rule(*ops: Op, covers: Callable[[Mapping[str, Any]], bool] = lambda arguments: True) -> Callable[[F], F]:
+def rule(
+    *ops: Op, covers: Callable[[Mapping[str, Any]], bool] = lambda arguments: True, folds: bool = False
+) -> Callable[[F], F]:
     """Return the decorator that makes a function the rule of some ops.
 
     Args:
         ops: The ops, as a `TorchFunctionMode` sees them.
         covers: Whether the rule holds for the op's arguments; elsewhere autograd differentiates, sample by sample.
+        folds: See `Rule`.
     """
 
     def decorate(gradients: F) -> F:
-        RULES.update(dict.fromkeys(ops, Rule.of(gradients, covers)))
+        RULES.update(dict.fromkeys(ops, Rule.of(gradients, covers=covers, folds=folds)))
         return gradients
 
     return decorate

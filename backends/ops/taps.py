@@ -270,6 +270,8 @@ class Recorder(TorchFunctionMode):
 
     def _tapped(self, func: Op, bound: Bound, names: dict[str, str]) -> Tensor:
         x = bound.arguments["input"]
+        if self._rules[func].folds and self.samples is not None and x.dim() > 2:
+            x = bound.arguments["input"] = x.contiguous()
         y = bound.call(func)
         if self.samples is not None:
             place = self._place(x, y, self.samples)
