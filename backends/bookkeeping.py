@@ -36,20 +36,22 @@ from backends.base import (
     register,
     trainable,
 )
-from backends.batch import Batch, detached
+from backends.batch import Batch, detached, size
 from backends.derived import wide
 from backends.heap import LARGEST, keep_freed
 from backends.ops.choice import CHOSEN, fastest_name, kernels, with_kernels
 from backends.ops.pages import Pool, release
 from backends.ops.parts import InParts
 from backends.ops.passes import Passes, Way
-from backends.ops.persample import PerSample, fresh
+from backends.ops.persample import Dense, PerSample, fresh
 from backends.ops.several import Together
 from backends.ops.traced import Compiled
 from backends.running import kept_random_state, library_call
 
 R = TypeVar("R", Tensor, Named)
 T = TypeVar("T")
+MUCH = 2  # times the memory of a pair
+
 Part: TypeAlias = Tensor | PerSample
 """What is wanted of a parameter's gradients, or these where they are small."""
 
@@ -180,6 +182,7 @@ class Bookkeeping(Backend):
 
         def fn(inputs: Batch, targets: Tensor) -> R:
             inputs, targets = detached(inputs), detached(targets)
+            passes.whole = size(inputs)
             with kernels(self.triton), library_call(model, own, loss_fn, inputs, targets, buffers=False):
                 if not parts:
                     return whole(inputs, targets)
@@ -200,30 +203,32 @@ class _Keep:
     """What a clipped sum keeps of each parameter's gradients until all norms are known, and their squares.
 
     Squares mostly come of the gradients themselves. They are kept, and weighted later, where that takes less memory
-    than the pairs they are made of, or not much more and there is some to spare. `extra` is how many bytes more have
-    been taken.
+    than the pairs they are made of, or more and there is some to spare: a part of a batch may take what the rest of it
+    would. `extra` is how many bytes more have been taken.
     """
 
     def __init__(self, pool: Pool, passes: Passes) -> None:
         self.pool, self.passes, self.extra = pool, passes, 0
 
     def __call__(self, name: str, g: PerSample) -> tuple[PerSample, Part]:
-        held = g.held()
-        spare = self.passes.footprint.spare(g.samples) - self.extra
-        if held and (more := g.bytes() - held) <= min(held, spare) and self._pays(g):
+        more, spare = g.bytes() - g.held(), self.passes.footprint.spare(g.samples, self.passes.whole) - self.extra
+        if g.held() and more <= spare and self._pays(g):
             self.extra += max(0, more)
-            g = g.compact(2, self.pool.empty)
+            g = Dense(g.grads(self.pool.empty))
         return g, g if g.is_small() else g.squares()
 
     def _pays(self, g: PerSample) -> bool:
-        """Return whether keeping takes less time; it does where norms cannot be had without making gradients."""
-        if not with_kernels(g.like) or g.is_small():
+        """Return whether keeping takes less time; it does where norms take gradients, and these not much memory."""
+        much = g.bytes() > MUCH * g.held()
+        if g.is_small() or not (much or with_kernels(g.like)):
             return True
 
         def weighted(g: PerSample) -> Tensor:
             return g.weighted(g.squares())
 
-        ways = {"kept": lambda: weighted(g.compact(2)), "made anew": lambda: weighted(g)}
+        ways = {"kept": lambda: weighted(Dense(g.grads(self.pool.empty))), "made anew": lambda: weighted(g)}
+        if much:  # the first one is taken where nothing can be measured
+            ways = dict(reversed(ways.items()))
         return fastest_name(ways, f"clipped sums of {g.geometry()}", g.samples, g.like) == "kept"
 
 

@@ -43,14 +43,23 @@ def test_spare_is_what_a_step_leaves_and_a_quarter_of_the_pairs_at_most(
     step: int, pairs: int, spare: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("backends.ops.footprint.FREE", 0)
-    assert Footprint(step, pairs).spare(3) == 3 * spare
+    assert Footprint(step, pairs).spare(3, 3) == 3 * spare
+
+
+def test_a_part_of_a_batch_may_hold_what_the_other_samples_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backends.ops.footprint.FREE", 0)
+    assert Footprint(100, 40).spare(3, 12) == 3 * 10 + 9 * 125
+    assert Footprint(100, 300).spare(3, 12) == 9 * 125 - 3 * 175
+    assert Footprint(100, 40, 300).spare(3, 12) == 3 * 10 + 9 * 125 - 2 * 300
+    assert Footprint(100, 40, 300).spare(3, 4) == 3 * 10, "two sums take more than the other samples"
+    assert Footprint(100, 900).spare(3, 4) == 0
 
 
 def test_what_a_process_keeps_anyway_may_be_held() -> None:
-    assert Footprint(2**20, 2**10).spare(4) == 2**26 - 4 * 2**20
-    assert Footprint(2**20, 2**21).spare(4) == 2**26 - 4 * 2**21
-    assert Footprint(2**20, 2**21).spare(2**7) == 0
-    assert Footprint(0, 0).spare(4) == 0, "nothing is known"
+    assert Footprint(2**20, 2**10).spare(4, 4) == 2**26 - 4 * 2**20
+    assert Footprint(2**20, 2**21).spare(4, 4) == 2**26 - 4 * 2**21
+    assert Footprint(2**20, 2**21).spare(2**7, 2**7) == 0
+    assert Footprint(0, 0).spare(4, 4) == 0, "nothing is known"
 
 
 def test_passes_know_the_footprint_of_each_form() -> None:
@@ -62,12 +71,13 @@ def test_passes_know_the_footprint_of_each_form() -> None:
         assert passes.footprint.pairs == 8 * (2 * min(10 * length, 25) + 2 * 5)
 
 
-def made_anew(form: Any, spare: int, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Return a list that fills with gradients of a form that are weighted from pairs, with so much memory to spare."""
-    seen: list[Any] = []
+def made_anew(form: Any, monkeypatch: pytest.MonkeyPatch, spare: int | None = None) -> list[int]:
+    """Return a list that fills with how many gradients are weighted in a form, perhaps with so much to spare."""
+    seen: list[int] = []
     weighted = form.weighted
-    monkeypatch.setattr(form, "weighted", lambda self, *args: seen.append(self) or weighted(self, *args))
-    monkeypatch.setattr(Footprint, "spare", lambda self, samples: spare)
+    monkeypatch.setattr(form, "weighted", lambda self, *args: seen.append(self.samples) or weighted(self, *args))
+    if spare is not None:
+        monkeypatch.setattr(Footprint, "spare", lambda self, samples, whole: spare)
     monkeypatch.setattr("backends.ops.persample.LITTLE", 0)
     return seen
 
@@ -76,7 +86,7 @@ def made_anew(form: Any, spare: int, monkeypatch: pytest.MonkeyPatch) -> list[An
 def test_gradients_are_kept_where_there_is_memory_to_spare(
     spare: int, contractions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = made_anew(Outer, spare, monkeypatch)
+    seen = made_anew(Outer, monkeypatch, spare)
     model = nn.Sequential(linear(16, 16), nn.Tanh(), linear(16, 16)).to(DEVICE, torch.float64)
     inputs, targets = real(5, 6, 16), real(5)  # 192 numbers of a pair, 256 of a gradient: 2560 bytes more
     fn = get_backend("bookkeeping").clipped_sum(model, squares, max_norm=0.1)
@@ -92,7 +102,7 @@ def test_gradients_are_kept_where_there_is_memory_to_spare(
 def test_gradients_of_a_weight_with_two_uses_are_kept_too(
     spare: int, weighted_later: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = made_anew(Sum, spare, monkeypatch)
+    seen = made_anew(Sum, monkeypatch, spare)
     model = Functional(lambda s, x: F.linear(s.e(x), s.e.weight).sin(), e=nn.Embedding(16, 16)).to(
         DEVICE, torch.float64
     )
@@ -117,17 +127,42 @@ def transformer() -> tuple[nn.Module, Tensor]:
     return nn.TransformerEncoder(layer, 3, enable_nested_tensor=False), real(32, 12, 16)
 
 
-@pytest.mark.parametrize("quantity", ["norms", "clipped_sum"])
-@pytest.mark.parametrize("problem", [perceptron, convolutions, transformer])
-def test_memory_stays_near_that_of_an_ordinary_step(
-    quantity: str, problem: Callable[[], tuple[nn.Module, Tensor]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def without_what_is_free(monkeypatch: pytest.MonkeyPatch, *, more_parts_are_faster: bool) -> None:
+    """Let a step's memory be all that there is, and keeping gradients be faster than to make them anew."""
     for free in ("footprint.FREE", "parts.FREE", "persample.LITTLE"):
         monkeypatch.setattr(f"backends.ops.{free}", 0)
-    monkeypatch.setattr(InParts, "_seconds", lambda self, counts, *batch: {counts[0]: 1.0, counts[1]: 2.0})
+    seconds = 0.5 if more_parts_are_faster else 2.0
+    monkeypatch.setattr(InParts, "_seconds", lambda self, counts, *batch: {counts[0]: 1.0, counts[1]: seconds})
+    monkeypatch.setattr("backends.bookkeeping.fastest_name", lambda *measured: "kept")
+
+
+@pytest.mark.parametrize("quantity", ["norms", "clipped_sum"])
+@pytest.mark.parametrize("problem", [perceptron, convolutions, transformer])
+@pytest.mark.parametrize("more_parts_are_faster", [False, True])
+def test_memory_stays_near_that_of_an_ordinary_step(
+    quantity: str,
+    problem: Callable[[], tuple[nn.Module, Tensor]],
+    more_parts_are_faster: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    without_what_is_free(monkeypatch, more_parts_are_faster=more_parts_are_faster)
     model, inputs = problem()
     model, targets = model.to(DEVICE, torch.float64), real(len(inputs))
     fn = getattr(get_backend("bookkeeping"), quantity)(model, squares)
     fn(inputs, targets)
     step = peak(partial(Passes(own_copy(model), squares).plain, inputs, targets))
     assert peak(partial(fn, inputs, targets)) <= 1.3 * step
+
+
+@pytest.mark.parametrize("more_parts_are_faster", [False, True])
+def test_parts_of_a_batch_have_room_for_gradients(more_parts_are_faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_what_is_free(monkeypatch, more_parts_are_faster=more_parts_are_faster)
+    seen = made_anew(Outer, monkeypatch)
+    layers = [layer for _ in range(6) for layer in (linear(72, 72), nn.Tanh())]
+    model, inputs, targets = nn.Sequential(*layers).to(DEVICE, torch.float64), real(64, 13, 72), real(64)
+    fn = get_backend("bookkeeping").clipped_sum(model, squares, max_norm=0.1)
+    fn(inputs, targets)
+    seen.clear()
+    found = fn(inputs, targets)
+    assert bool(seen) != more_parts_are_faster, "gradients are weighted from pairs"
+    assert_close(found, get_backend("naive").clipped_sum(model, squares, max_norm=0.1)(inputs, targets))

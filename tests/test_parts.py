@@ -78,7 +78,7 @@ def test_every_form_of_more_than_one_sample_is_looked_at_once() -> None:
 
 def test_time_alone_divides_no_batch_into_very_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(InParts, "_seconds", lambda self, counts, *batch: {counts[0]: 2.0, counts[1]: 1.0})
-    for samples, best in [(15, 1), (16, 2), (31, 2), (32, 4)]:
+    for samples, best in [(7, 1), (8, 2), (15, 2), (16, 4)]:
         parts = InParts(lambda inputs, targets: targets, lambda inputs, targets: targets, torch.cat, "small")
         parts.choose(real(samples, 5), real(samples))
         assert list(parts.counts.values()) == [best]
@@ -119,6 +119,35 @@ def test_there_are_no_more_parts_than_save_memory(monkeypatch: pytest.MonkeyPatc
     found = InParts(run, lambda inputs, targets: held(1, 1000), torch.cat, "held")
     found.choose(real(16, 5), real(16))
     assert list(found.counts.values()) == [4]
+
+
+def test_parts_within_the_bound_are_taken_though_they_save_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backends.ops.parts.FREE", 0)
+    monkeypatch.setattr(InParts, "_seconds", lambda self, counts, *batch: {counts[0]: 1.0, counts[1]: 2.0})
+
+    def run(inputs: Batch, targets: Tensor) -> Tensor:
+        assert held(1, {32: 131000, 16: 129000, 8: 1}[len(targets)])
+        return targets
+
+    found = InParts(run, lambda inputs, targets: held(1, 100000), torch.cat, "held")
+    found.choose(real(32, 5), real(32))
+    assert list(found.counts.values()) == [2]
+
+
+@pytest.mark.parametrize(("seconds", "best"), [(2.0, 1), (0.5, 4)])
+def test_parts_that_keep_more_are_taken_if_they_are_faster_and_there_is_room(
+    seconds: float, best: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backends.ops.parts.FREE", 0)
+    monkeypatch.setattr(InParts, "_seconds", lambda self, counts, *batch: {counts[0]: 1.0, counts[1]: seconds})
+
+    def run(inputs: Batch, targets: Tensor) -> Tensor:
+        assert held(1, {32: 100000, 16: 110000, 8: 130000, 4: 131000}[len(targets)])
+        return targets
+
+    found = InParts(run, lambda inputs, targets: held(1, 100000), torch.cat, "held")
+    found.choose(real(32, 5), real(32))
+    assert list(found.counts.values()) == [best]
 
 
 def test_memory_that_a_process_keeps_anyway_is_no_reason_for_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,17 +25,23 @@ class Footprint(NamedTuple):
     Attributes:
         step: What an ordinary forward pass saves for the backward pass.
         pairs: What all pairs take, or gradients where they take less.
+        result: What a gradient of all parameters takes.
         changes: Whether the model changes its inputs in place.
     """
 
     step: int
     pairs: int
+    result: int = 0
     changes: bool = False
 
-    def spare(self, samples: int) -> int:
-        """Return how many bytes may be held besides the pairs."""
-        share = min(int(MOST * self.step) - self.pairs, self.pairs // EXTRA)
-        return max(0, samples * share, FREE - samples * max(self.step, self.pairs) if self.step else 0)
+    def spare(self, samples: int, whole: int) -> int:
+        """Return how many bytes some samples may hold besides pairs.
+
+        A part of a whole batch may also hold what the other samples would, but for two sums that are added.
+        """
+        share = samples * min(int(MOST * self.step) - self.pairs, self.pairs // EXTRA)
+        others = int(MOST * self.step) * (whole - samples) - 2 * self.result
+        return max(0, share, share + others, FREE - samples * max(self.step, self.pairs) if self.step else 0)
 
 
 NOTHING = Footprint(0, 0)

@@ -103,7 +103,8 @@ def _footprint(passes: "Passes", batch: Sample, right: Sequence[_Candidate]) -> 
     with going_on():
         step = saved(partial(passes.plain, inputs, targets), there)
     changes = any(t._version for t in tensors(inputs))
-    return Footprint(step, pairs(right[0].found[-1].values()) if right else 0, changes)
+    result = sum(p.nbytes for p in passes.values.values())
+    return Footprint(step, pairs(right[0].found[-1].values()) if right else 0, result, changes)
 
 
 def _few(inputs: Batch, targets: Tensor) -> list[Sample]:

@@ -1,7 +1,9 @@
 """A batch in parts, one after the other: as many as is fastest, of those that take little more memory than a step.
 
-What samples add to a result does not depend on each other. Parts hold less at a time, and on a CPU more of that stays
-in its caches; but each part pays for every op anew. So both are measured, when a form of inputs is new.
+What samples add to a result does not depend on each other. Parts hold less at a time, of which on a CPU more stays in
+its caches; and where gradients that a norm was made of would not fit beside a whole batch, those of a part may, and
+need not be made again for a clipped sum. But each part pays for every op anew. So both are measured, when a form of
+inputs is new.
 """
 
 from collections.abc import Callable
@@ -23,7 +25,7 @@ from backends.ops.look import going_on
 
 R = TypeVar("R")
 
-LEAST = 8  # samples in a part, unless memory asks for fewer
+LEAST = 4  # samples in a part, unless memory asks for fewer
 MOST = 8  # parts, unless memory asks for more
 WITHIN = 1.3  # times the peak memory of an ordinary step
 SAVES = 0.9  # times the memory, or less, that twice as many parts must take to be worth it
@@ -59,8 +61,8 @@ class InParts(Generic[R]):
 
     def choose(self, inputs: Batch, targets: Tensor) -> None:
         """Measure how many parts are best: twice as many while that takes too much memory, or does not take longer."""
-        n, best = size(inputs), self._least(inputs, targets)
-        while (more := 2 * best) <= MOST and n >= more * LEAST:
+        n, (best, most) = size(inputs), self._least(inputs, targets)
+        while (more := 2 * best) <= MOST and n >= more * LEAST and self._taken(more, inputs, targets) <= most:
             seconds = self._seconds((best, more), inputs, targets)
             if not seconds[more] <= EQUAL * seconds[best]:
                 break
@@ -68,27 +70,28 @@ class InParts(Generic[R]):
         self.counts[_form(inputs, targets)] = best
         CHOSEN[f"{self.what} of {n} samples"] = "all at once" if best == 1 else f"in {best} parts"
 
-    def _least(self, inputs: Batch, targets: Tensor) -> int:
-        """Return how many parts there must be for memory's sake."""
-
-        def taken(function: Callable[[Batch, Tensor], object]) -> float:
-            return peak(partial(function, *_copies(inputs, targets)))
-
-        best = 1
-        with suppress(torch.OutOfMemoryError):
-            self.run(*_copies(inputs, targets))  # new ways are tried now, and take memory of their own
+    def _least(self, inputs: Batch, targets: Tensor) -> tuple[int, float]:
+        """Return how many parts there must be for memory's sake, and how many bytes may be taken."""
+        best, most = 1, inf
         with going_on():  # a step of a whole batch may fail where samples alone do not: then there is no bound
-            if (least := taken(self.run)) <= FREE:
-                return best
-            most = max(FREE, WITHIN * taken(self.step))
+            least = self._taken(1, inputs, targets)
+            most = max(FREE, WITHIN * peak(partial(self.step, *_copies(inputs, targets))))
             for count in _doublings(size(inputs)):
                 if least < most:
                     break
-                now = taken(partial(self._in, count))
-                if now > SAVES * least:  # a gradient of all parameters may be more than what samples take
+                now = self._taken(count, inputs, targets)
+                if now > max(most, SAVES * least):  # a gradient of all parameters may be more than what samples take
                     break
                 best, least = count, now
-        return best
+            most = max(most, least)
+        return best, most
+
+    def _taken(self, count: int, inputs: Batch, targets: Tensor) -> float:
+        """Return how many bytes so many parts take at most."""
+        run = partial(self._in, count, *_copies(inputs, targets))
+        with suppress(torch.OutOfMemoryError):
+            self._in(count, *_copies(inputs, targets))  # new ways are tried now, and take memory of their own
+        return peak(run)
 
     def _in(self, count: int, inputs: Batch, targets: Tensor) -> R:
         if count == 1:

@@ -65,6 +65,7 @@ class Passes:
         looks: How often a form has been looked at.
         footprints: By the form too, how much memory the passes hold.
         footprint: That of the inputs that are being run.
+        whole: How many samples the batch has that they are a part of.
     """
 
     model: nn.Module
@@ -73,6 +74,7 @@ class Passes:
     looks: Counter[object] = field(default_factory=Counter)
     footprints: dict[object, Footprint] = field(default_factory=dict)
     footprint: Footprint = NOTHING
+    whole: int = 0
 
     def __post_init__(self) -> None:
         self.parameters = trainable(self.model)

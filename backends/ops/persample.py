@@ -212,6 +212,8 @@ class Outer(PerSample):
     def weighted(self, factors: Tensor, empty: Empty = fresh) -> Tensor:  # noqa: D102
         left, right, factors = self.left, self.right, factors.to(self.like.dtype)[:, None, None]
         left, right = (left * factors, right) if left.shape[2] <= right.shape[2] else (left, right * factors)
+        if left.stride(0) < left.stride(1):  # the samples are not on the first axis in memory: their order is all one
+            left, right = left.transpose(0, 1), right.transpose(0, 1)
         out = empty(self.shape, self.like)
         return torch.mm(left.flatten(0, 1).mT, right.flatten(0, 1), out=out)
 
