@@ -26,6 +26,7 @@ def forms() -> dict[str, PerSample]:
         "outer, one vector": Outer(real(N, 1, 4), real(N, 1, 5)),
         "outer, few vectors": Outer(real(N, 2, 40), real(N, 2, 50)),
         "outer, many vectors": Outer(real(N, 30, 4), real(N, 30, 5)),
+        "outer, samples on the second axis": Outer(real(7, N, 4).transpose(0, 1), real(7, N, 5).transpose(0, 1)),
         "table": Scattered(torch.tensor([[0, 1, 1], [2, 0, 3], [3, 3, 3]], device=DEVICE), real(N, 3, 5), 6),
         "convolution": Correlation(real(N, 2, 4, 9, 8), real(N, 2, 6, 5, 4), (6, 4, 3, 3), **conv, groups=1),
         "convolution, small images": Correlation(
