@@ -1,5 +1,6 @@
 """Memory for large results."""
 
+import os
 import weakref
 
 import pytest
@@ -39,6 +40,7 @@ def test_large_results_are_in_memory_of_the_pool(quantity: str, monkeypatch: pyt
     for module in ("bookkeeping", "ops.pages", "ops.persample"):
         monkeypatch.setattr(f"backends.{module}.LARGEST", 0)
     monkeypatch.setattr("backends.ops.persample.LITTLE", 0)
+    monkeypatch.setattr("backends.bookkeeping.fastest_name", lambda *measured: "made anew")
     taken: list[int] = []
     block = Pool._block
     monkeypatch.setattr(Pool, "_block", lambda self, size: taken.append(size) or block(self, size))
@@ -48,6 +50,17 @@ def test_large_results_are_in_memory_of_the_pool(quantity: str, monkeypatch: pyt
     found = fn(inputs, targets)
     assert found["weight"].nbytes in taken
     assert_close(found["weight"], getattr(get_backend("naive"), quantity)(model, squares)(inputs, targets)["weight"])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is forked here")
+def test_memory_is_not_shared_with_forked_processes() -> None:
+    held = Pool().empty((2 * LARGEST,), torch.zeros(0, dtype=torch.uint8))
+    held[0] = 1
+    if (child := os.fork()) == 0:
+        held[0] = 2
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert held[0] == 1
 
 
 def test_memory_outlives_its_pool() -> None:

@@ -9,7 +9,9 @@ first, which takes longer than everything else.
 import mmap
 import sys
 from collections import defaultdict
+from contextlib import suppress
 from math import prod
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -18,7 +20,14 @@ from torch import Tensor
 from backends.heap import LARGEST
 from backends.ops.choice import capturing
 
-OURS = 3  # references to a block that nobody holds: the pool's, the loop's, and that of `getrefcount` itself
+
+def _references(blocks: list[Any]) -> list[int]:
+    """Return how many references there are to each, of which some are of the counting itself."""
+    return [sys.getrefcount(block) for block in blocks]
+
+
+(OURS,) = _references([bytearray(1)])
+"""References to a block that nobody holds; Python's versions count differently."""
 
 
 class Pool:
@@ -51,11 +60,23 @@ class Pool:
         return torch.frombuffer(self._block(size), dtype=like.dtype).view(shape)
 
     def _block(self, size: int) -> mmap.mmap:
-        for block in self._blocks[size]:
-            if sys.getrefcount(block) <= OURS:
-                return block
-        self._blocks[size].append(mmap.mmap(-1, size))
+        blocks = self._blocks[size]
+        for place, count in enumerate(_references(blocks)):
+            if count <= OURS:
+                return blocks[place]
+        self._blocks[size].append(_pages(size))
         return self._blocks[size][-1]
+
+
+def _pages(size: int) -> mmap.mmap:
+    """Return memory of this process alone: by default, one that it forks would write into it too."""
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows, where nothing is forked
+        return mmap.mmap(-1, size)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with suppress(OSError):  # a kernel without huge pages
+            pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return pages
 
 
 _POOLS: WeakSet[Pool] = WeakSet()
