@@ -14,7 +14,7 @@ It cannot be fast where samples must be run one at a time, as for data-dependent
 update buffers in place, checkpoints. Random ops draw for each sample, as they do in a batch.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, TypeAlias, TypeVar
@@ -43,7 +43,7 @@ from backends.ops.choice import CHOSEN, fastest_name, kernels, with_kernels
 from backends.ops.pages import Pool, release
 from backends.ops.parts import InParts
 from backends.ops.passes import Passes, Way
-from backends.ops.persample import Dense, PerSample, fresh
+from backends.ops.persample import Dense, PerSample, fresh, without_float16
 from backends.ops.several import Together
 from backends.ops.traced import Compiled
 from backends.running import kept_random_state, library_call
@@ -62,8 +62,7 @@ class Bookkeeping(Backend):
     """One backward pass of output gradients; each quantity is a contraction of pairs (input, output gradient).
 
     Options:
-        reuse_buffers: `grads` writes large results (as a CUDA graph, all) where those of its call before are: they are
-            valid until then.
+        reuse_buffers: `grads` writes results where those of its call before are: they are valid until then.
         triton: Measure Triton's kernels too, where there are several ways: on a CUDA device, where Triton is installed.
     """
 
@@ -117,11 +116,14 @@ class Bookkeeping(Backend):
             keep.extra, names = 0, list(found)
             together = Together({name: part for name, (_, part) in found.items()})
             factors = clip_factors(together.squares().sqrt(), max_norm)
+            unit = _unit(factors, [g.like.dtype for g, _ in found.values()])
+            factors = factors if unit is None else factors / unit
             small = together.weighted(factors)
             for name in small:
                 del found[name]
             large = {name: found.pop(name)[0].weighted(factors, pool.empty) for name in list(found)}
-            return {name: small[name] if name in small else large[name] for name in names}
+            sums = {name: small[name] if name in small else large[name] for name in names}
+            return sums if unit is None else {name: unit * t.to(wide(t.dtype)) for name, t in sums.items()}
 
         return self._built(model, passes, keep, clipped_sum, _added)
 
@@ -133,12 +135,12 @@ class Bookkeeping(Backend):
             return {name: variances[name] for name in found}
 
         passes = self._passes(model, loss_fn)
-        return self._built(model, passes, _or_small(lambda g: g.variance()), variance)
+        return self._built(model, passes, _or_small(lambda g: g.variance(), without_float16), variance)
 
     def gram(self, model: nn.Module, loss_fn: LossFn) -> TensorFn:
         """Build ⟨g_i, g_j⟩, the sum over parameters."""
-        passes = self._passes(model, loss_fn)
-        return self._built(model, passes, _or_small(lambda g: g.gram()), lambda found: Together(found).gram())
+        passes, each = self._passes(model, loss_fn), _or_small(lambda g: g.gram(), without_float16)
+        return self._built(model, passes, each, lambda found: Together(found).gram())
 
     def _passes(self, model: nn.Module, loss_fn: LossFn) -> Passes:
         return Passes(own_copy(model), loss_fn)
@@ -194,9 +196,11 @@ class Bookkeeping(Backend):
         return fn
 
 
-def _or_small(wanted: Callable[[PerSample], Tensor]) -> Callable[[str, PerSample], Part]:
+def _or_small(
+    wanted: Callable[[PerSample], Tensor], of: Callable[[PerSample], PerSample] = lambda g: g
+) -> Callable[[str, PerSample], Part]:
     """Return what is wanted of a parameter's gradients, as a function that leaves small ones as they are."""
-    return lambda name, g: g if g.is_small() else wanted(g)
+    return lambda name, g: small if (small := of(g)).is_small() else wanted(small)
 
 
 class _Keep:
@@ -230,6 +234,13 @@ class _Keep:
         if much:  # the first one is taken where nothing can be measured
             ways = dict(reversed(ways.items()))
         return fastest_name(ways, f"clipped sums of {g.geometry()}", g.samples, g.like) == "kept"
+
+
+def _unit(factors: Tensor, dtypes: Iterable[torch.dtype]) -> Tensor | None:
+    """Return what to count factors in: float16 has few numbers near 0, where with a scaled loss all factors may be."""
+    if torch.float16 not in dtypes:
+        return None
+    return factors.max().clamp(min=torch.finfo(factors.dtype).tiny)
 
 
 def _cast(result: Any, dtypes: Mapping[str, torch.dtype]) -> Any:  # noqa: ANN401  what `combine` returns

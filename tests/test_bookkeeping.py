@@ -117,6 +117,29 @@ def test_under_autocast_wider_products_are_not_cast_back(quantity: str, monkeypa
         assert not any(seen)
 
 
+@pytest.mark.parametrize("scale", [2.0**14, 1e-3], ids=["scaled up", "scaled down"])
+@pytest.mark.parametrize("layers", [[64, 256, 64], [8, 8, 8]], ids=["large", "small"])
+@pytest.mark.parametrize("quantity", ["clipped_sum", "variance", "gram"])
+def test_under_float16_autocast_results_may_be_beyond_float16(quantity: str, layers: list[int], scale: float) -> None:
+    """As squares of gradients of a scaled loss are, and the factors that clip them."""
+    a, b, c = layers
+    model = nn.Sequential(linear(a, b), nn.Tanh(), linear(b, c)).to(DEVICE, torch.float32)
+    inputs, targets = real(8, 3, a).float(), torch.arange(8, device=DEVICE) % c
+    options = {"max_norm": 1e-4} if quantity == "clipped_sum" else {}
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        return scale * F.cross_entropy(outputs[:, 0].to(inputs.dtype), targets, reduction="none")
+
+    found = []
+    for name, autocast in (("bookkeeping", "float16"), ("naive", None)):
+        fn = getattr(get_backend(name, autocast=autocast), quantity)(model, loss_fn, **options)
+        result = fn(inputs, targets)
+        found.append({"": result} if isinstance(result, Tensor) else result)
+    for name, exact in found[1].items():
+        assert found[0][name].dtype == torch.float32
+        assert (found[0][name] - exact).norm() < 0.05 * exact.norm(), name
+
+
 def test_uses_of_a_weight_in_two_dtypes_are_added_in_the_wider() -> None:
     def twice(s: nn.Module, x: Tensor) -> Tensor:
         with torch.autocast(DEVICE.type, enabled=False):

@@ -1,5 +1,8 @@
 """Every form that per-sample gradients are held in, against its own rows."""
 
+from dataclasses import fields, replace
+from typing import Any
+
 import pytest
 import torch
 
@@ -8,7 +11,7 @@ from backends.ops import persample
 from backends.ops.choice import CHOSEN
 from backends.ops.conv import Correlation, by_patches, by_places, grouped
 from backends.ops.linear import Scattered
-from backends.ops.persample import Dense, Outer, PerSample
+from backends.ops.persample import Dense, Outer, PerSample, without_float16
 from backends.ops.several import Together, added
 from tests.asserts import assert_close
 from tests.cases import DEVICE, N, real
@@ -118,6 +121,34 @@ def test_a_product_for_each_place_of_the_kernel_agrees(kernel: tuple[int, ...], 
     form.rows(slice(None))
     chosen = CHOSEN[f"{form.geometry()}, float64, {DEVICE.type}, 2 samples or more"]
     assert chosen in ("by_patches", "by_places", "grouped")
+
+
+@pytest.mark.parametrize(("left", "right"), [(0.0, 1e20), (1e-15, 1e20), (1e-24, 1e10)])
+def test_a_vector_may_be_far_larger_than_its_product_with_another(left: float, right: float) -> None:
+    """As where a sample whose inputs are a sentinel is masked in its loss."""
+    pair = Outer(real(N, 1, 40).float() * left, real(N, 1, 50).float() * right)
+    exact = Outer(pair.left.double(), pair.right.double()).squares()
+    assert (pair.squares().double() - exact).abs().max() <= 1e-6 * exact.max()
+
+
+@pytest.mark.parametrize("name", forms())
+def test_every_form_is_the_same_without_float16(name: str) -> None:
+    form = forms()[name]
+    assert without_float16(form) is form
+    coarse = _in(form, torch.float16)
+    wider = without_float16(coarse)
+    assert (wider.like.dtype, wider.rows(slice(None)).dtype) == (torch.float32, torch.float32)
+    exact = form.rows(slice(None))
+    assert (wider.rows(slice(None)).double() - exact).norm() <= 1e-2 * exact.norm()
+
+
+def _in(form: PerSample, dtype: torch.dtype) -> PerSample:
+    def cast(value: Any) -> Any:
+        if isinstance(value, list):
+            return [_in(part, dtype) for part in value]
+        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    return replace(form, **{f.name: cast(getattr(form, f.name)) for f in fields(form)})  # type: ignore
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,10 +6,10 @@ at a time, so that memory stays bounded; a form overrides what it can have for l
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from math import prod
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -183,7 +183,7 @@ class Outer(PerSample):
     def squares(self) -> Tensor:  # noqa: D102
         positions, (p, d) = self.left.shape[1], self.shape
         if positions == 1:
-            return squares_of(self.left) * squares_of(self.right)
+            return (_norms(self.left) * _norms(self.right)).square_().to(wide(self.like.dtype))
         ways = {"direct": super().squares}
         if positions * (p + d) < p * d and self.like.dtype in WIDER and not capturing(self.like):
             ways["gram"] = self.squares_by_gram
@@ -248,7 +248,29 @@ class Outer(PerSample):
         return torch.cat(found)
 
 
+def _norms(vectors: Tensor) -> Tensor:
+    """Return the norms [N] of single vectors [N, 1, d], where one may be far larger than its product with another."""
+    if vectors.dtype not in WIDER:
+        return squares_of(vectors).sqrt_()
+    norms: Tensor = torch.linalg.vector_norm(vectors[:, 0], dim=1, dtype=torch.float64)
+    return norms
+
+
 WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
+
+
+def without_float16(g: PerSample) -> PerSample:
+    """Return the same in float32, where it is in float16: sums and products of gradients would be beyond that."""
+    if g.like.dtype != torch.float16:
+        return g
+
+    def wider(value: Any) -> Any:  # noqa: ANN401  of an attribute
+        if isinstance(value, list):
+            return [without_float16(part) for part in value]
+        return value.float() if isinstance(value, Tensor) and value.dtype == torch.float16 else value
+
+    held = {f.name: wider(getattr(g, f.name)) for f in fields(g)}  # type: ignore[arg-type]  # every form is a dataclass
+    return replace(g, **held)  # type: ignore[type-var]
 
 
 def sum_of(parts: Iterable[Tensor]) -> Tensor:
