@@ -100,14 +100,13 @@ class InParts(Generic[R]):
         return self.merge([self.run(*part) for part in chunks(inputs, targets, most)])
 
     def _seconds(self, counts: tuple[int, int], inputs: Batch, targets: Tensor) -> dict[int, float]:
-        """Return how long each of two counts takes, in turn; the first try may measure and compile, and is left out."""
+        """Return how long each of two counts takes, in turn; both have run before, when their memory was measured."""
         found = dict.fromkeys(counts, inf)
-        for attempt in range(1 + TRIES):
+        for _ in range(TRIES):
             for count in counts:
                 seconds = timed(partial(self._in, count, *_copies(inputs, targets)), targets)
-                if attempt > 0:
-                    found[count] = min(found[count], seconds)
-            if attempt > 0 and max(found.values()) > LONG:
+                found[count] = min(found[count], seconds)
+            if max(found.values()) > LONG:
                 break
         return found
 
