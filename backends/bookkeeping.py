@@ -14,7 +14,7 @@ It cannot be fast where samples must be run one at a time, as for data-dependent
 update buffers in place, checkpoints. Random ops draw for each sample, as they do in a batch.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, TypeAlias, TypeVar
@@ -40,20 +40,21 @@ from backends.batch import Batch, detached, size
 from backends.derived import wide
 from backends.heap import LARGEST, keep_freed
 from backends.ops.choice import CHOSEN, fastest_name, kernels, with_kernels
+from backends.ops.float16 import unit, without_float16
 from backends.ops.pages import Pool, release
 from backends.ops.parts import InParts
 from backends.ops.passes import Passes, Way
-from backends.ops.persample import Dense, PerSample, fresh, without_float16
+from backends.ops.persample import Dense, PerSample, fresh
 from backends.ops.several import Together
 from backends.ops.traced import Compiled
 from backends.running import kept_random_state, library_call
 
 R = TypeVar("R", Tensor, Named)
 T = TypeVar("T")
-MUCH = 2  # times the memory of a pair
-
 Part: TypeAlias = Tensor | PerSample
 """What is wanted of a parameter's gradients, or these where they are small."""
+
+MUCH = 2  # times the memory of a pair
 
 
 @register("bookkeeping")
@@ -116,14 +117,14 @@ class Bookkeeping(Backend):
             keep.extra, names = 0, list(found)
             together = Together({name: part for name, (_, part) in found.items()})
             factors = clip_factors(together.squares().sqrt(), max_norm)
-            unit = _unit(factors, [g.like.dtype for g, _ in found.values()])
-            factors = factors if unit is None else factors / unit
+            scale = unit(factors, [g.like.dtype for g, _ in found.values()])
+            factors = factors if scale is None else factors / scale
             small = together.weighted(factors)
             for name in small:
                 del found[name]
             large = {name: found.pop(name)[0].weighted(factors, pool.empty) for name in list(found)}
             sums = {name: small[name] if name in small else large[name] for name in names}
-            return sums if unit is None else {name: unit * t.to(wide(t.dtype)) for name, t in sums.items()}
+            return sums if scale is None else {name: scale * t.to(wide(t.dtype)) for name, t in sums.items()}
 
         return self._built(model, passes, keep, clipped_sum, _added)
 
@@ -200,7 +201,12 @@ def _or_small(
     wanted: Callable[[PerSample], Tensor], of: Callable[[PerSample], PerSample] = lambda g: g
 ) -> Callable[[str, PerSample], Part]:
     """Return what is wanted of a parameter's gradients, as a function that leaves small ones as they are."""
-    return lambda name, g: small if (small := of(g)).is_small() else wanted(small)
+
+    def each(name: str, g: PerSample) -> Part:
+        g = of(g)
+        return g if g.is_small() else wanted(g)
+
+    return each
 
 
 class _Keep:
@@ -234,13 +240,6 @@ class _Keep:
         if much:  # the first one is taken where nothing can be measured
             ways = dict(reversed(ways.items()))
         return fastest_name(ways, f"clipped sums of {g.geometry()}", g.samples, g.like) == "kept"
-
-
-def _unit(factors: Tensor, dtypes: Iterable[torch.dtype]) -> Tensor | None:
-    """Return what to count factors in: float16 has few numbers near 0, where with a scaled loss all factors may be."""
-    if torch.float16 not in dtypes:
-        return None
-    return factors.max().clamp(min=torch.finfo(factors.dtype).tiny)
 
 
 def _cast(result: Any, dtypes: Mapping[str, torch.dtype]) -> Any:  # noqa: ANN401  what `combine` returns

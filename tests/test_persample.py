@@ -10,8 +10,9 @@ from backends import get_backend
 from backends.ops import persample
 from backends.ops.choice import CHOSEN
 from backends.ops.conv import Correlation, by_patches, by_places, grouped
+from backends.ops.float16 import without_float16
 from backends.ops.linear import Scattered
-from backends.ops.persample import Dense, Outer, PerSample, without_float16
+from backends.ops.persample import Dense, Outer, PerSample
 from backends.ops.several import Together, added
 from tests.asserts import assert_close
 from tests.cases import DEVICE, N, real
@@ -127,8 +128,9 @@ def test_a_product_for_each_place_of_the_kernel_agrees(kernel: tuple[int, ...], 
 def test_a_vector_may_be_far_larger_than_its_product_with_another(left: float, right: float) -> None:
     """As where a sample whose inputs are a sentinel is masked in its loss."""
     pair = Outer(real(N, 1, 40).float() * left, real(N, 1, 50).float() * right)
-    exact = Outer(pair.left.double(), pair.right.double()).squares()
-    assert (pair.squares().double() - exact).abs().max() <= 1e-6 * exact.max()
+    exact = Outer(pair.left.double(), pair.right.double()).gram()
+    assert (pair.gram().double() - exact).abs().max() <= 1e-6 * exact.max()
+    assert (pair.squares().double() - exact.diag()).abs().max() <= 1e-6 * exact.max()
 
 
 @pytest.mark.parametrize("name", forms())

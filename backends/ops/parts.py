@@ -88,10 +88,9 @@ class InParts(Generic[R]):
 
     def _taken(self, count: int, inputs: Batch, targets: Tensor) -> float:
         """Return how many bytes so many parts take at most."""
-        run = partial(self._in, count, *_copies(inputs, targets))
         with suppress(torch.OutOfMemoryError):
             self._in(count, *_copies(inputs, targets))  # new ways are tried now, and take memory of their own
-        return peak(run)
+        return peak(partial(self._in, count, *_copies(inputs, targets)))
 
     def _in(self, count: int, inputs: Batch, targets: Tensor) -> R:
         if count == 1:

@@ -6,10 +6,10 @@ at a time, so that memory stays bounded; a form overrides what it can have for l
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -60,9 +60,9 @@ class PerSample(ABC):
         """Return how many bytes this form holds; 0 where that is always less than the gradients take."""
         return 0
 
-    def compact(self, most: float = 1.0, empty: Empty = fresh) -> "PerSample":
-        """Return the form to keep: this one, or the gradients where they take at most so many times its memory."""
-        return Dense(self.grads(empty)) if self.bytes() <= most * self.held() else self
+    def compact(self) -> "PerSample":
+        """Return the form to keep: this one, or the gradients where they take no more memory."""
+        return Dense(self.grads(fresh)) if self.bytes() <= self.held() else self
 
     def grads(self, empty: Empty) -> Tensor:
         """Return all of g_i [N, *shape]; if they are large, in memory from `empty`."""
@@ -220,8 +220,9 @@ class Outer(PerSample):
     def gram(self) -> Tensor:  # noqa: D102
         if self.left.shape[1] != 1:
             return super().gram()
-        left, right = self.left[:, 0], self.right[:, 0]
-        return (left @ left.mT) * (right @ right.mT)
+        wider = WIDER.get(self.like.dtype, self.like.dtype)  # one factor may be far larger than the product
+        left, right = self.left[:, 0].to(wider), self.right[:, 0].to(wider)
+        return ((left @ left.mT) * (right @ right.mT)).to(self.like.dtype)
 
     def geometry(self) -> str:  # noqa: D102
         return f"{self.left.shape[1]} products {self.shape[0]}×{self.shape[1]}"
@@ -257,20 +258,6 @@ def _norms(vectors: Tensor) -> Tensor:
 
 
 WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
-
-
-def without_float16(g: PerSample) -> PerSample:
-    """Return the same in float32, where it is in float16: sums and products of gradients would be beyond that."""
-    if g.like.dtype != torch.float16:
-        return g
-
-    def wider(value: Any) -> Any:  # noqa: ANN401  of an attribute
-        if isinstance(value, list):
-            return [without_float16(part) for part in value]
-        return value.float() if isinstance(value, Tensor) and value.dtype == torch.float16 else value
-
-    held = {f.name: wider(getattr(g, f.name)) for f in fields(g)}  # type: ignore[arg-type]  # every form is a dataclass
-    return replace(g, **held)  # type: ignore[type-var]
 
 
 def sum_of(parts: Iterable[Tensor]) -> Tensor:
