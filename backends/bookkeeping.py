@@ -225,7 +225,7 @@ class _Keep:
         if g.held() and more <= spare and self._pays(g):
             self.extra += max(0, more)
             g = Dense(g.grads(self.pool.empty))
-        return g, g if g.is_small() else g.squares()
+        return g, without_float16(g) if g.is_small() else g.squares()
 
     def _pays(self, g: PerSample) -> bool:
         """Return whether keeping takes less time; it does where norms take gradients, and these not much memory."""

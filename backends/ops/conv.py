@@ -13,7 +13,7 @@ from torch import Tensor
 
 from backends import precision
 from backends.ops.choice import Way, capturing, fastest
-from backends.ops.persample import WIDER, Dense, Empty, Outer, PerSample, at_a_time, fresh, outer
+from backends.ops.persample import WIDER, Dense, Empty, Outer, PerSample, at_a_time, fresh, outer, scaled
 from backends.ops.rules import Pieces, rule
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class Correlation(PerSample):
         return torch.cat([self.only(i).patches().squares_by_gram() for i in parts])
 
     def weighted(self, factors: Tensor, empty: Empty = fresh) -> Tensor:  # noqa: D102
-        y = self.y * factors.to(self.y.dtype).view(-1, *[1] * (self.y.dim() - 1))
+        y = scaled(self.y, factors)
         return self.gradient(self.x.flatten(0, 1), y.flatten(0, 1), self.shape, self.groups)
 
     def gradient(self, x: Tensor, y: Tensor, shape: tuple[int, ...], groups: int) -> Tensor:

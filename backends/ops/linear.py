@@ -10,7 +10,7 @@ from torch import Tensor
 
 from backends.derived import squares_of
 from backends.ops.choice import capturing, fastest
-from backends.ops.persample import Dense, Empty, Outer, PerSample, fresh
+from backends.ops.persample import Dense, Empty, Outer, PerSample, fresh, scaled
 from backends.ops.rules import Pieces, rule
 
 FEW = 8
@@ -108,7 +108,7 @@ class Scattered(PerSample):
         return squares_of(self._added(place, self.values, n * t)).view(n, t).sum(1)
 
     def weighted(self, factors: Tensor, empty: Empty = fresh) -> Tensor:  # noqa: D102
-        values = self.values * factors.to(self.values.dtype)[:, None, None]
+        values = scaled(self.values, factors)
         table = empty(self.shape, self.like).zero_()
         return table.index_add_(0, self.index.flatten(), values.flatten(0, 1))
 

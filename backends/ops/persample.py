@@ -210,8 +210,10 @@ class Outer(PerSample):
         return found
 
     def weighted(self, factors: Tensor, empty: Empty = fresh) -> Tensor:  # noqa: D102
-        left, right, factors = self.left, self.right, factors.to(self.like.dtype)[:, None, None]
-        left, right = (left * factors, right) if left.shape[2] <= right.shape[2] else (left, right * factors)
+        left, right = self.left, self.right
+        left, right = (
+            (scaled(left, factors), right) if left.shape[2] <= right.shape[2] else (left, scaled(right, factors))
+        )
         if left.stride(0) < left.stride(1):  # the samples are not on the first axis in memory: their order is all one
             left, right = left.transpose(0, 1), right.transpose(0, 1)
         out = empty(self.shape, self.like)
@@ -258,6 +260,12 @@ def _norms(vectors: Tensor) -> Tensor:
 
 
 WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
+
+
+def scaled(t: Tensor, factors: Tensor) -> Tensor:
+    """Return c_i t_i for factors c [N]; by way of float32 where these may be nearer to 0 than t's dtype comes."""
+    factors = factors.view(-1, *[1] * (t.dim() - 1))
+    return (t * factors).to(t.dtype) if t.dtype == torch.float16 else t * factors.to(t.dtype)
 
 
 def sum_of(parts: Iterable[Tensor]) -> Tensor:
