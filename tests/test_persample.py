@@ -12,7 +12,7 @@ from backends.ops.choice import CHOSEN
 from backends.ops.conv import Correlation, by_patches, by_places, grouped
 from backends.ops.float16 import without_float16
 from backends.ops.linear import Scattered
-from backends.ops.persample import Dense, Outer, PerSample
+from backends.ops.persample import Dense, Outer, PerSample, scaled
 from backends.ops.several import Together, added
 from tests.asserts import assert_close
 from tests.cases import DEVICE, N, real
@@ -163,3 +163,9 @@ def test_squares_of_products_are_as_precise_as_their_dtype(dtype: torch.dtype, m
     gap = (pair.squares().double() - exact).abs() / exact
     assert pair.squares_by_gram().min() > 0
     assert gap.max() < 8 * torch.finfo(dtype).eps
+
+
+def test_float16_is_scaled_by_what_it_cannot_hold() -> None:
+    t, factors = 30000 * real(N, 2, 4).sign().half(), torch.tensor([1e-7, 1e-6, 1.0], device=DEVICE)
+    exact = t.double() * factors.double()[:, None, None]
+    assert ((scaled(t, factors).double() - exact).abs() <= 2**-10 * exact.abs()).all()
