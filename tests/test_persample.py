@@ -140,6 +140,7 @@ def test_every_form_is_the_same_without_float16(name: str) -> None:
     coarse = _in(form, torch.float16)
     wider = without_float16(coarse)
     assert (wider.like.dtype, wider.rows(slice(None)).dtype) == (torch.float32, torch.float32)
+    assert all(term.like.dtype == torch.float32 for term in getattr(wider, "terms", []))
     exact = form.rows(slice(None))
     assert (wider.rows(slice(None)).double() - exact).norm() <= 1e-2 * exact.norm()
 
