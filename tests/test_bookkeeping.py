@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backends import get_backend
-from backends.ops.persample import Outer
+from backends.ops.outer import Outer
 from tests.asserts import assert_close
 from tests.cases import DEVICE, Functional, N, linear, real, squares
 from tests.habits import assert_right, differentiated_directly, over_the_batch

@@ -14,9 +14,10 @@ from backends.base import own_copy
 from backends.ops.footprint import Footprint, pairs, saved
 from backends.ops.linear import Scattered
 from backends.ops.live import peak
+from backends.ops.outer import Outer
 from backends.ops.parts import InParts
 from backends.ops.passes import Passes
-from backends.ops.persample import Dense, Outer
+from backends.ops.persample import Dense
 from backends.ops.several import Sum
 from tests.asserts import assert_close
 from tests.cases import DEVICE, Functional, linear, real, squares

@@ -18,7 +18,7 @@ from torch.torch_version import TorchVersion
 from backends import get_backend
 from backends.ops.choice import CHOSEN, fastest, kernels
 from backends.ops.conv import Correlation, grouped
-from backends.ops.persample import Outer
+from backends.ops.outer import Outer
 from tests.cases import DEVICE, Functional, linear, squares
 
 triton = pytest.importorskip("triton")
@@ -107,7 +107,7 @@ def test_where_tf32_is_allowed_results_are_as_near_as_that(form: str) -> None:
 @pytest.mark.parametrize("form", ["samples first", "positions last", "one position"])
 @pytest.mark.parametrize(("positions", "p", "d"), [(5, 3, 17), (70, 150, 40)])
 def test_norms_of_products_are_those_of_float64(positions: int, p: int, d: int, form: str, dtype: torch.dtype) -> None:
-    from backends.ops.persample import Outer
+    from backends.ops.outer import Outer
 
     positions = 1 if form == "one position" else positions
     left, right = (torch.randn(N, positions, width).to(DEVICE, dtype) for width in (p, d))

@@ -12,7 +12,8 @@ from backends.ops.choice import CHOSEN
 from backends.ops.conv import Correlation, by_patches, by_places, grouped
 from backends.ops.float16 import without_float16
 from backends.ops.linear import Scattered
-from backends.ops.persample import Dense, Outer, PerSample, scaled
+from backends.ops.outer import Outer
+from backends.ops.persample import Dense, PerSample, scaled
 from backends.ops.several import Together, added
 from tests.asserts import assert_close
 from tests.cases import DEVICE, N, real

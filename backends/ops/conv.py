@@ -13,7 +13,8 @@ from torch import Tensor
 
 from backends import precision
 from backends.ops.choice import Way, capturing, fastest
-from backends.ops.persample import WIDER, Dense, Empty, Outer, PerSample, at_a_time, fresh, outer, scaled
+from backends.ops.outer import Outer, outer
+from backends.ops.persample import WIDER, Dense, Empty, PerSample, at_a_time, fresh, scaled
 from backends.ops.rules import Pieces, rule
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from backends.derived import squares_of
 from backends.ops.choice import capturing, fastest
-from backends.ops.persample import Dense, Empty, Outer, PerSample, fresh, scaled
+from backends.ops.outer import Outer
+from backends.ops.persample import Dense, Empty, PerSample, fresh, scaled
 from backends.ops.rules import Pieces, rule
 
 FEW = 8

@@ -20,8 +20,8 @@ from backends.base import Named
 from backends.batch import Batch, apply, size, take, tensors
 from backends.ops.footprint import Footprint, pairs, saved
 from backends.ops.persample import PerSample
+from backends.ops.places import Layout
 from backends.ops.questions import Questions
-from backends.ops.taps import Layout
 from backends.probe import some, some_targets
 from backends.running import kept_buffers
 

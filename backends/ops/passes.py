@@ -33,9 +33,10 @@ from backends.ops.choice import CHOSEN
 from backends.ops.footprint import NOTHING, Footprint
 from backends.ops.look import going_on, itself, looked
 from backends.ops.persample import Dense, PerSample
+from backends.ops.places import Layout
 from backends.ops.recurrent import leave_unflattened
 from backends.ops.several import Stacked
-from backends.ops.taps import Each, Layout, Recorder, Uncovered
+from backends.ops.taps import Each, Recorder, Uncovered
 from backends.running import kept_attributes, kept_buffers, kept_random_state
 
 PerParameter: TypeAlias = dict[str, PerSample]

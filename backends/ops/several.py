@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from backends.derived import Named, rows_of, squares_of, variance_of, weighted_sum
-from backends.ops.persample import Dense, Empty, Outer, PerSample, fresh, sum_of
+from backends.ops.outer import Outer
+from backends.ops.persample import Dense, Empty, PerSample, fresh, sum_of
 
 
 @dataclass

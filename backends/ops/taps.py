@@ -6,10 +6,10 @@ uses adds its own term. How the passes are run is in `passes.py`.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,60 +18,12 @@ from torch.overrides import TorchFunctionMode
 from backends import precision
 from backends.base import Named
 from backends.ops.persample import PerSample
+from backends.ops.places import ALONE, SHARED, Layout, Place, likely
 from backends.ops.rules import OVER_THE_BATCH, ROLES, RULES, UNDER_VMAP, Bound, Op, Rule
 from backends.ops.several import added
 
 Each: TypeAlias = Callable[[str, PerSample], Any]
 """(a parameter's name, its per-sample gradients) -> what is wanted of them."""
-
-
-class Place(NamedTuple):
-    """Where the samples are in what goes into an op and comes out of it, in a pass over the batch.
-
-    Attributes:
-        axis: On which axis; None where there is one sample, to which all belongs.
-        rows: How many entries on it each sample has.
-        apart: Whether these are N apart, not one after the other.
-    """
-
-    axis: int | None
-    rows: int = 1
-    apart: bool = False
-
-    def fits(self, x: Tensor, y: Tensor, n: int) -> bool:
-        """Return whether N samples can be here in what goes into an op and comes out of it."""
-        axis, length = (0, 1) if self == SHARED else (self.axis or 0, n * self.rows)
-        return axis < min(x.dim(), y.dim()) and x.shape[axis] == y.shape[axis] == length
-
-    def samples_first(self, t: Tensor) -> Tensor:
-        """Return a tensor as [N, rows, ...]: a sample is a batch of its own, as under vmap."""
-        if self.axis is None:
-            return t[None]
-        t = t.movedim(self.axis, 0) if self.axis else t
-        if self.rows == 1:
-            return t.unsqueeze(1)
-        split: Tensor = t.unflatten(0, (self.rows, -1) if self.apart else (-1, self.rows))
-        return split.transpose(0, 1) if self.apart else split
-
-
-SHARED = Place(-1)
-"""Nowhere: what goes in and comes out is the same for all of them."""
-
-ALONE = Place(None)
-
-
-class Layout(NamedTuple):
-    """What is known of a pass over the batch.
-
-    Attributes:
-        places: The samples' place at each tap.
-        uses: How often parameters are used.
-        names: Which parameters are used at each tap.
-    """
-
-    places: Sequence[Place]
-    uses: Mapping[str, int]
-    names: Sequence[tuple[str, ...]]
 
 
 class Uncovered(Exception):
@@ -291,15 +243,9 @@ class Recorder(TorchFunctionMode):
         """Return where the samples are in what goes into an op and comes out of it: what is known, or the first fit."""
         if n == 1:
             return ALONE
-        known = self._places(x, n) if self.known is None else self.known.places[len(self.places) :][:1]
+        known = likely(x, n, self.apart) if self.known is None else self.known.places[len(self.places) :][:1]
         for place in known:
             if place.fits(x, y, n):
                 self.places.append(place)
                 return place
         raise Uncovered
-
-    def _places(self, x: Tensor, n: int) -> list[Place]:
-        """Return where the samples may be in a tensor, the likeliest first."""
-        rows = len(x) // n if x.dim() else 0
-        several = [Place(0, rows, self.apart), Place(0, rows, not self.apart)] if rows > 1 else []
-        return [*(Place(axis) for axis in range(x.dim())), SHARED, *several]
