@@ -18,12 +18,14 @@ from testbed.agreement import RULES, Rule
 from testbed.cell import Cell
 from testbed.config.experiment import Choice, Combination, Experiment, Timing, Workload
 from testbed.environment import source_of
+from testbed.group import Emit
 from testbed.problems import DATA, LOSSES, MODELS, Problem, ProblemError, make_problem
 from testbed.processes.child import Isolation
 from testbed.progress import Progress
 from testbed.records import Record
 from testbed.report import Report
-from testbed.runner import Emit, Settings, identify, run
+from testbed.runner import run
+from testbed.settings import Settings, identify
 
 Chosen = str | Mapping[str, Mapping[str, Any]]
 """A name, or {name: {option: value}}, as in YAML."""

@@ -28,7 +28,7 @@ from testbed.agreement import (
     unit_roundoff,
 )
 from testbed.problems import Problem, make_problem
-from testbed.referee import Referee
+from testbed.truth import Truth
 
 FACTORS = (2.0, 3.0, 4.0, 6.0, 8.0)
 DRAWS = (0, 5, 10, 20)
@@ -144,14 +144,14 @@ class _Bench:
     """A problem with its truth, what stage 1 allows, and the cloud, each computed once."""
 
     def __init__(self, problem: Problem, same_function: bool) -> None:
-        referee = Referee(problem, "grads", {}, Calibrated())
+        truth = Truth(problem, "grads", {})
         self.problem = problem
-        self.truth = as_rows(referee.truth(), "grads")
-        yardsticks = [as_rows(y, "grads") for y in referee.yardsticks()]
+        self.truth = as_rows(truth.exact(), "grads")
+        yardsticks = [as_rows(y, "grads") for y in truth.yardsticks()]
         self.base = same_function_base(self.truth) if same_function else precision_base(self.truth, yardsticks)
         u = unit_roundoff(yardsticks[0])
         self.most = most_excused(len(self.base), u)
-        self.cloud = _remembering(cloud(self.truth, referee.draws(), u))
+        self.cloud = _remembering(cloud(self.truth, truth.draws(), u))
 
     def results(self) -> Iterator[tuple[str, Rows]]:
         """Yield the rows of every backend but the reference that runs here."""

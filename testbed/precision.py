@@ -73,8 +73,8 @@ def _errors(run: Problem, referee: Referee, name: str, options: dict[str, object
     except RuntimeError as error:  # a kernel that the dtype lacks
         return Errors(label, dtype, (), (), agrees=True, reason=str(error).splitlines()[0])
     finding = referee.precision(result)
-    truth = as_rows(referee.truth(), "grads")
-    chosen = slice(None) if referee.chosen is None else referee.chosen
+    truth = as_rows(referee.truth.exact(), "grads")
+    chosen = slice(None) if referee.truth.chosen is None else referee.truth.chosen
     rows = {k: t[chosen] for k, t in as_rows(result, "grads").items()}
     relative = distance(rows, truth).norm(dim=1) / norms(truth).norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
     ill = finding.agreement.ill_conditioned if finding.agreement else ()

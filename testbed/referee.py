@@ -1,49 +1,23 @@
-"""The referee of one problem and quantity: knows the truth, and says whether a result agrees, and if not why.
+"""The referee of one problem and quantity: says whether a result agrees with the truth, and if not why."""
 
-The truth is what the reference backend computes in float64; the yardstick is what it computes in the run's dtype. Norms
-and clipped sums have a second one, by torch's own norm and an ordinary backward pass, which round more.
-"""
-
-import copy
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 
-from backends import get_backend, precision, reference
-from backends.base import LossFn, clip_factors, trainable
-from backends.batch import Batch, apply, take
-from testbed.agreement import (
-    PER_SAMPLE,
-    Agreement,
-    Calibrated,
-    Draw,
-    Result,
-    Rows,
-    Rule,
-    as_rows,
-    distance,
-    norms,
-)
+from backends import get_backend, reference
+from testbed.agreement import PER_SAMPLE, Agreement, Calibrated, Result, Rows, Rule, as_rows
 from testbed.diagnosis import explain, explain_calls
 from testbed.form import hidden, nonfinite, not_finite, wrong_form
 from testbed.mistakes import often_meant
-from testbed.ordinary import ordinary_norms, weighted_gradient
 from testbed.problems import Problem
 from testbed.processes.store import Store
-from testbed.samples import batch_of, choose, narrow, sizes
+from testbed.samples import batch_of, sizes
+from testbed.truth import FEW, Truth
 
 Again: TypeAlias = Callable[[], Any]
 """The same call once more."""
-
-FEW = 16
-TF32 = 2.0**-11  # unit roundoff: products are rounded to ten bits of mantissa
-ROUNDED = 2**20  # which draw stands for that, far from those of a cloud
-BUDGET = 2**30  # bytes of float64 truth: checking takes a bounded share of memory and time
-INDEPENDENT = ("grads", "norms")  # quantities where a sample's row depends on that sample only
 
 
 @dataclass(frozen=True)
@@ -62,15 +36,11 @@ class Finding:
 
 
 class Referee:
-    """Holds truth and yardstick of one quantity on a problem's batch, or on its fresh one; computed when first asked.
-
-    With `autocast` the yardstick runs under it too: a result is held to what its arithmetic allows.
+    """Asks both questions of results: of one quantity, on a problem's batch or on its fresh one.
 
     Attributes:
-        run: The problem, with as many of its samples as are checked: all of them, or a random choice where the truth
-            would take more than `BUDGET` bytes and a sample's row depends on that sample only.
-        wide: The same in float64, for the truth.
-        few: The same with at most that many samples: question 1 is about logic, which a few samples show.
+        truth: What is right.
+        rule: When a result agrees.
     """
 
     def __init__(
@@ -83,119 +53,59 @@ class Referee:
         autocast: str | None = None,
         store: Store | None = None,
     ) -> None:
-        self.quantity, self.options, self.rule, self.store = quantity, dict(options), rule, store
-        self.autocast, self.u = autocast, _roundoff(problem, autocast)
-        numbers = sum(p.numel() for p in trainable(problem.model).values()) if quantity == "grads" else 1
-        most = max(FEW, BUDGET // (8 * numbers)) if quantity in INDEPENDENT else problem.n
-        self.n, self.chosen = problem.n, choose(problem.n, most)
-        self.run = problem if self.chosen is None else narrow(problem, self.chosen)
-        self.wide = self.run.to(torch.float64)
-        index = choose(self.wide.n, few)
-        self.few = self.wide if index is None else narrow(self.wide, index)
-        self._known: dict[tuple[str, bool], Result] = {}
+        self.truth = Truth(problem, quantity, options, few, autocast, store)
+        self.quantity, self.options, self.rule = quantity, dict(options), rule
 
     def same_function(self, result: object, again: Again | None = None) -> Finding:
         """Ask question 1 of a float64 result on `few`; `again` repeats the call, to explain a disagreement."""
-        truth = self.truth() if self.few is self.wide else self._reference("few", self.few, fresh=False)
+        truth, few = self.truth.exact_of_few(), self.truth.few
         rule = self.rule if isinstance(self.rule, Calibrated) else Calibrated()
-        draw = self._draw(self.few, fresh=False)
+        draw = self.truth.draws_of_few()
         per_sample = self.quantity in PER_SAMPLE
 
         def judge(rows: Rows, right: Rows) -> Agreement:
             return rule.is_same_function(rows, right, draw, per_sample=per_sample)
 
-        return self._find(result, truth, truth, judge, self.few, again)
+        return self._find(result, truth, truth, judge, few, again)
 
     def precision(self, result: object, again: Again | None = None, *, fresh: bool = False) -> Finding:
         """Ask question 2 of a result in the run's dtype; `again` repeats the call, to explain a disagreement."""
-        runs = [*self.yardsticks(fresh=fresh), *self._ordinary(fresh), *self._rounded(fresh)]
-        yardsticks = [as_rows(y, self.quantity) for y in runs]
-        draw = self._draw(self.run, fresh)
+        yardsticks = [as_rows(y, self.quantity) for y in self.truth.runs(fresh=fresh)]
+        draw = self.truth.draws(fresh=fresh)
         per_sample = self.quantity in PER_SAMPLE
 
         def judge(rows: Rows, right: Rows) -> Agreement:
-            return self.rule.judge(rows, right, yardsticks, draw, per_sample=per_sample, u=self.u)
+            return self.rule.judge(rows, right, yardsticks, draw, per_sample=per_sample, u=self.truth.u)
 
-        if self.chosen is not None and (wrong := wrong_form(result, self._whole(fresh))):
+        if self.truth.chosen is not None and (wrong := wrong_form(result, self._whole(fresh))):
             return Finding("disagrees", wrong)
-        pick = self._pick if self.chosen is not None else None
-        form = self.yardsticks(fresh=fresh)[0]
-        found = self._find(result, self.truth(fresh=fresh), form, judge, self.wide, again, fresh, pick)
+        pick = self._pick if self.truth.chosen is not None else None
+        form = self.truth.yardsticks(fresh=fresh)[0]
+        found = self._find(result, self.truth.exact(fresh=fresh), form, judge, self.truth.wide, again, fresh, pick)
         return replace(found, agreement=self._in_batch(found.agreement))
 
-    def truth(self, *, fresh: bool = False) -> Result:
-        """Return what the reference computes in float64, of the samples that are checked."""
-        return self._reference("wide", self.wide, fresh)
-
-    def yardsticks(self, *, fresh: bool = False) -> list[Result]:
-        """Return what the reference computes in the run's dtype; on CUDA twice, to see nondeterminism."""
-        runs = ["run", "run again"] if self.run.device.type == "cuda" else ["run"]
-        return [self._reference(which, self.run, fresh) for which in runs]
-
-    def nondeterminism(self) -> float:
-        """Return how far two runs of the reference are apart, relative to the result; 0 where they are equal."""
-        first, *others = (as_rows(y, self.quantity) for y in self.yardsticks())
-        total = norms(first).nan_to_num(0, 0, 0).norm()
-        gaps = [distance(other, {k: t.double() for k, t in first.items()}).norm() for other in others]
-        return max((float(gap / total) for gap in gaps if gap), default=0.0)
-
-    def _ordinary(self, fresh: bool) -> list[Result]:
-        """Return what torch's own ops make of norms or of a clipped sum, a second yardstick.
-
-        The reference sums squares block by block. torch's norm of a long row keeps so few running sums on a CPU that it
-        is off by 4e-5 for 2 million float32 numbers. And the reference adds up a sample, then the samples. An ordinary
-        backward pass may add up all their terms in one go: a token that fills up every sequence has thousands.
-        """
-        if self.quantity not in ("norms", "clipped_sum"):
-            return []
-        key, problem, batch = ("ordinary", fresh), self.run, batch_of(self.run, fresh)
-
-        def compute() -> Result:
-            norms = ordinary_norms(problem, batch, self.autocast)
-            if self.quantity == "norms":
-                return norms
-            factors = clip_factors(norms, self.options.get("max_norm", 1.0))
-            return weighted_gradient(problem, batch, factors, self.autocast)
-
-        if key not in self._known:
-            self._known[key] = self._shared("ordinary", fresh, compute)
-        found = self._known[key]
-        tensors = [found] if isinstance(found, Tensor) else list(found.values())
-        return [found] if all(t.isfinite().all() for t in tensors) else []  # one of NaN measures nothing
-
-    def _rounded(self, fresh: bool) -> list[Result]:
-        """Return what the reference computes at inputs and parameters moved by a rounding to TF32, where it is allowed.
-
-        It is allowed, not asked for: for one sample at a time, libraries may take kernels that round to float32 (H100,
-        SimpleCNN: off by 2e-7, where gradients by products of the batch are off by 2e-3, most of it at kinks).
-        """
-        if self.u != TF32 or self.autocast:
-            return []
-        key = ("rounded", fresh)
-        if key not in self._known:
-            draw = self._draw(self.run, fresh)
-            samples = torch.arange(self.run.n if self.quantity in PER_SAMPLE else 1, device=self.run.device)
-            self._known[key] = self._shared("rounded", fresh, lambda: draw(ROUNDED, TF32, samples))
-        return [self._known[key]]
+    def share(self, *, fresh: bool) -> None:
+        """Compute what `same_function` and `precision` ask for, where others take it from the store."""
+        self.truth.share(fresh=fresh, few=not fresh and self.rule.same_function)
 
     def _whole(self, fresh: bool) -> Result:
         """Return what has the form of the whole batch's result; it takes no memory."""
-        some = self.yardsticks(fresh=fresh)[0]
+        some = self.truth.yardsticks(fresh=fresh)[0]
         if isinstance(some, Tensor):
-            return some[:1].expand(self.n, *some.shape[1:])
-        return {name: t[:1].expand(self.n, *t.shape[1:]) for name, t in some.items()}
+            return some[:1].expand(self.truth.n, *some.shape[1:])
+        return {name: t[:1].expand(self.truth.n, *t.shape[1:]) for name, t in some.items()}
 
     def _pick(self, result: Result) -> Result:
         """Return the samples of a result that are checked."""
         if isinstance(result, Tensor):
-            return result[self.chosen]
-        return {name: t[self.chosen] for name, t in result.items()}
+            return result[self.truth.chosen]
+        return {name: t[self.truth.chosen] for name, t in result.items()}
 
     def _in_batch(self, agreement: Agreement | None) -> Agreement | None:
         """Return the agreement with the indices that samples have in the whole batch."""
-        if agreement is None or self.chosen is None:
+        if agreement is None or self.truth.chosen is None:
             return agreement
-        index: list[int] = self.chosen.tolist()
+        index: list[int] = self.truth.chosen.tolist()
         sample = None if agreement.sample is None else index[agreement.sample]
         ill = tuple(sorted(index[i] for i in agreement.ill_conditioned))
         errors = tuple((index[i], error) for i, error in agreement.errors)
@@ -238,86 +148,6 @@ class Referee:
         fn = get_backend(reference()).grads(problem.model, problem.loss_fn)
         found = often_meant(self.quantity, self.options, fn(*batch_of(problem, fresh)))
         return {what: as_rows(other, self.quantity) for what, other in found.items()}
-
-    def _reference(self, what: str, problem: Problem, fresh: bool) -> Result:
-        key = (what, fresh)
-        if key not in self._known:
-            for old in [k for k in self._known if k[1] != fresh]:
-                del self._known[old]  # the results on two batches of a large problem need not fit together
-            self._known[key] = self._shared(
-                what, fresh, lambda: self._compute(problem.model, problem.loss_fn, *batch_of(problem, fresh))
-            )
-        return self._known[key]
-
-    def _shared(self, what: str, fresh: bool, compute: Callable[[], Result]) -> Result:
-        """Return what the reference computes, from the store where another process has computed it."""
-        if self.store is None:
-            return compute()
-        options = zlib.crc32(repr(sorted(self.options.items())).encode())
-        batch = "fresh" if fresh else "batch"
-        arithmetic = f" {self.autocast}" if self.autocast else ""
-        return self.store.kept(f"truth {self.quantity} {options:08x} {what} {batch}{arithmetic}", compute)
-
-    def share(self, *, fresh: bool) -> None:
-        """Compute what `same_function` and `precision` ask the reference for, where others take it from the store."""
-        if self.store is None:
-            return
-        self.store.drop("truth *")  # of the quantity before, and of the other batch
-        self.truth(fresh=fresh)
-        self.yardsticks(fresh=fresh)
-        self._ordinary(fresh)
-        self._rounded(fresh)
-        if not fresh and self.rule.same_function and self.few is not self.wide:
-            self._reference("few", self.few, fresh=False)
-        self.forget()
-
-    def forget(self) -> None:
-        """Let go of what the store has: while others are timed, it would take memory for nothing."""
-        if self.store is not None:
-            self._known.clear()
-
-    def _compute(self, model: torch.nn.Module, loss_fn: LossFn, inputs: Batch, targets: Tensor) -> Result:
-        fn = getattr(get_backend(reference(), autocast=self.autocast), self.quantity)(model, loss_fn, **self.options)
-        found: Result = fn(inputs, targets)  # autocast leaves float64 alone
-        return found
-
-    def draws(self) -> Draw:
-        """Return the function that draws perturbed runs of the reference in the run's dtype."""
-        return self._draw(self.run, fresh=False)
-
-    def _draw(self, problem: Problem, fresh: bool) -> Draw:
-        """Return the function that draws the reference's rows at inputs and parameters moved by a few roundings."""
-        inputs, targets = batch_of(problem, fresh)
-
-        def draw(k: int, size: float, rows: Tensor) -> Rows:
-            generator = torch.Generator(problem.device).manual_seed(k)
-
-            def moved(t: Tensor) -> Tensor:
-                if not t.is_floating_point():
-                    return t
-                noise = torch.randn(t.shape, generator=generator, device=t.device, dtype=torch.float64)
-                return (t.detach().double() * (1 + size * noise)).to(t.dtype)
-
-            model = copy.deepcopy(problem.model)
-            for p in model.parameters():
-                p.data = moved(p)
-            if self.quantity in INDEPENDENT:
-                inputs_, targets_ = take(inputs, rows), take(targets, rows)
-                return as_rows(self._compute(model, problem.loss_fn, apply(moved, inputs_), targets_), self.quantity)
-            found = as_rows(self._compute(model, problem.loss_fn, apply(moved, inputs), targets), self.quantity)
-            return {name: t[rows] for name, t in found.items()}
-
-        return draw
-
-
-def _roundoff(problem: Problem, autocast: str | None) -> float | None:
-    """Return the unit roundoff of the arithmetic where it is coarser than the dtype's; None where it is not."""
-    if problem.dtype != torch.float32:
-        return None
-    if autocast:
-        return torch.finfo(getattr(torch, autocast)).eps / 2
-    rounded = precision.tf32_in_products() or precision.tf32_in_convolutions()
-    return TF32 if rounded and problem.device.type == "cuda" else None
 
 
 def finite_parts(rows: Rows) -> Rows:

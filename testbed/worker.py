@@ -60,7 +60,7 @@ class Worker:
         self.referee = Referee(problem, quantity, quantity_options, rule, store=store)
         self._under_autocast: dict[str, Referee] = {}
         self.recompiles: Counter[str] = Counter()
-        self.snapshots = [Snapshot.of(problem), Snapshot.of(self.referee.few)]
+        self.snapshots = [Snapshot.of(problem), Snapshot.of(self.referee.truth.few)]
         self.functions: dict[str, Fn] = {ORDINARY: ordinary_step(problem)}
         self.seconds: dict[str, float] = {}  # of each function's last timed call
         self.timed = apply(torch.clone, problem.inputs), problem.targets.clone()  # rewritten in place by `finish`
@@ -157,8 +157,8 @@ class Worker:
     def _let_go(self) -> None:
         """Give memory back that only the check has needed: others run on the same device."""
         for referee in (self.referee, *self._under_autocast.values()):
-            referee.forget()
-        if self.referee.store is not None and self.problem.device.type == "cuda":
+            referee.truth.forget()
+        if self.referee.truth.store is not None and self.problem.device.type == "cuda":
             with suppress(RuntimeError):  # after an illegal access every call fails; the cell has said so already
                 torch.cuda.empty_cache()
 
@@ -197,14 +197,14 @@ class Worker:
         counter = FlopCounterMode(display=False)
         with counter:
             self.functions[ORDINARY](*self.timed)
-        rows = as_rows(self.referee.yardsticks()[0], self.quantity)
-        written = sum(t.numel() * t.element_size() for t in rows.values()) * self.problem.n // self.referee.run.n
+        rows = as_rows(self.referee.truth.yardsticks()[0], self.quantity)
+        written = sum(t.numel() * t.element_size() for t in rows.values()) * self.problem.n // self.referee.truth.run.n
         peak, bandwidth = timing.ceilings(self.problem.device, self.problem.dtype)
         return timing.limit(counter.get_total_flops(), written, peak, bandwidth).plain()
 
     def _ask_same_function(self, backend: Backend, outcome: Outcome) -> None:
         """Ask question 1; a library that refuses float64 only is asked the second question all the same."""
-        few = self.referee.few
+        few = self.referee.truth.few
         try:
             fn = getattr(backend, self.quantity)(few.model, few.loss_fn, **self.options)
             result = fn(few.inputs, few.targets)
@@ -225,8 +225,8 @@ class Worker:
         if _compiles(cell):
             outcome.phases |= {"compile_s": compile_s, "compiled": compiled}
         referee = self._referee_of(cell)
-        outcome.agreement["checked_samples"] = referee.run.n
-        outcome.agreement["nondeterminism"] = referee.nondeterminism()
+        outcome.agreement["checked_samples"] = referee.truth.run.n
+        outcome.agreement["nondeterminism"] = referee.truth.nondeterminism()
         outcome.take("precision", referee.precision(result, lambda: fn(p.inputs, p.targets)))
 
     def _referee_of(self, cell: Cell) -> Referee:
@@ -236,7 +236,7 @@ class Worker:
             return self.referee
         if autocast not in self._under_autocast:
             referee = Referee(
-                self.problem, self.quantity, self.options, self.rule, autocast=autocast, store=self.referee.store
+                self.problem, self.quantity, self.options, self.rule, autocast=autocast, store=self.referee.truth.store
             )
             self._under_autocast[autocast] = referee
         return self._under_autocast[autocast]

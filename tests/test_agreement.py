@@ -99,15 +99,15 @@ def test_errors_are_those_of_the_samples() -> None:
 
 
 def test_errors_of_a_choice_of_samples_have_the_batchs_indices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("testbed.referee.BUDGET", 0)
+    monkeypatch.setattr("testbed.truth.BUDGET", 0)
     problem = make_problem("logistic", "random", "nll", batch_size=40)
     referee = Referee(problem, "grads", {}, Calibrated())
     finding = referee.precision(
         get_backend("vmap").grads(problem.model, problem.loss_fn)(problem.inputs, problem.targets)
     )
     assert finding.agreement is not None
-    assert referee.chosen is not None
-    assert [i for i, _ in finding.agreement.errors] == referee.chosen.tolist()
+    assert referee.truth.chosen is not None
+    assert [i for i, _ in finding.agreement.errors] == referee.truth.chosen.tolist()
 
 
 def test_same_function_forgives_rounding_only() -> None:

@@ -74,7 +74,7 @@ def test_norms_may_round_as_torchs_own(long: Problem, factor: float, status: str
 
 def test_a_clipped_sum_may_be_clipped_by_norms_like_that(long: Problem) -> None:
     found = ordinary(long)
-    exact = Referee(long, "norms", {}, Calibrated()).truth()
+    exact = Referee(long, "norms", {}, Calibrated()).truth.exact()
     assert isinstance(exact, torch.Tensor)
     share = float((torch_norms(long).double() / exact).mean())
     assert finding(long, {k: t / share for k, t in found.items()}) == "ok"

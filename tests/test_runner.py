@@ -12,7 +12,7 @@ from torch import nn
 
 import testbed
 from backends import available, backend_class, load_plugin
-from testbed import runner
+from testbed import group, runner
 from testbed.__main__ import main
 from testbed.processes.hosts import InProcess
 from testbed.records import Record, read_records
@@ -180,7 +180,7 @@ class TestCompare:
         monkeypatch.setattr(runner, "_hosts", lambda setup, *_: Hosts(setup))
         (record,) = compare(backends="naive").records
         assert record.timing["floor"] >= 0
-        assert asked.count(runner.AGAIN) == 1 + 1 + record.timing["rounds"]  # preparing, warming up, rounds
+        assert asked.count(group.AGAIN) == 1 + 1 + record.timing["rounds"]  # preparing, warming up, rounds
 
     def test_memory_that_is_kept_for_results_counts(self) -> None:
         (record,) = compare(nn.Linear(5, 300_000), backends="bookkeeping").records

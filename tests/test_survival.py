@@ -170,10 +170,10 @@ class TestResume:
     def test_other_code_or_another_machine_runs_everything_again(
         self, quick: Path, what: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        import testbed.runner as runner
+        from testbed import settings
 
-        here = runner.environment
-        monkeypatch.setattr(runner, "environment", lambda device: {**here(device), what: "other"})
+        here = settings.environment
+        monkeypatch.setattr(settings, "environment", lambda device: {**here(device), what: "other"})
         assert len(again(quick)) == 6
 
     def test_another_configuration_runs_everything_again(self, quick: Path) -> None:

@@ -11,7 +11,8 @@ from torch.overrides import TorchFunctionMode
 from backends import get_backend
 from testbed.agreement import Calibrated
 from testbed.problems import Problem, make_problem
-from testbed.referee import TF32, Referee
+from testbed.referee import Referee
+from testbed.truth import TF32
 from tests.cases import DEVICE
 
 CUT = 13  # bits of float32's mantissa that TF32 has not
@@ -60,7 +61,7 @@ def problem() -> Problem:
 
 def ask(problem: Problem, quantity: str, u: float | None, scale: float = 1.0) -> str:
     referee = Referee(problem, quantity, {}, Calibrated())
-    referee.u = u
+    referee.truth.u = u
     with Imitated():
         result = getattr(get_backend("naive"), quantity)(problem.model, problem.loss_fn)(
             problem.inputs, problem.targets

@@ -26,13 +26,13 @@ from testbed.conformance.case import SEED, Case
 from testbed.conformance.layers import layer_cases
 from testbed.conformance.models import model_cases
 from testbed.environment import environment
+from testbed.group import Emit
 from testbed.integrity import Snapshot
 from testbed.outcome import Outcome
 from testbed.problems import Problem
 from testbed.progress import Progress, Silent
 from testbed.records import SCHEMA, Record
 from testbed.referee import Referee
-from testbed.runner import Emit
 
 CPU = torch.device("cpu")
 RULE = Calibrated(draws=0)  # the cases are far from kinks in float64: nothing needs an excuse
@@ -137,7 +137,7 @@ class _Bench:
             refuse_without_gradients(self.problem)
             self.options = _quantity_options(cell.quantity, self.problem)
             self.referee = Referee(self.problem, cell.quantity, self.options, RULE, few=self.problem.n)
-            self.referee.truth()
+            self.referee.truth.exact()
         except Unsupported as error:
             self.refusal = Outcome(status="unsupported", reason=f"the problem: {first_line(error)}")
         except Exception as error:  # then no cell can be judged, and the sweep goes on
