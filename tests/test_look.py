@@ -1,6 +1,7 @@
 """What a few samples do not show: models that `bookkeeping` has got wrong, each held against the loop."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -373,3 +374,23 @@ def test_a_scripted_module_has_no_copy() -> None:
     model = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(5, 5), nn.Tanh())), nn.Linear(5, 2))
     with pytest.raises(Unsupported, match=r"`0` .* is scripted"):
         own_copy(model)
+
+
+def test_an_index_or_a_probability_stays_one() -> None:
+    """On CUDA an index that is out of bounds ends the process, though the look would go on without it."""
+    categories, shares = set[float](), set[float]()
+
+    def forward(s: nn.Module, x: Tensor, share: Tensor) -> Tensor:
+        with suppress(RuntimeError):  # vmap has no values
+            categories.update(x[:, 0].tolist())
+            shares.update(share.flatten().tolist())
+        return s.b(torch.tanh(s.a(x[:, 1:]) + s.e(x[:, 0].long()) * share))
+
+    category = torch.tensor([3.0, 0, 6, 3, 3, 1, 2])[:, None]
+    inputs = torch.cat([category, real(7, 5)], 1).to(DEVICE), (real(7, 5).sigmoid() / 2).to(DEVICE)
+    model = model_of(forward, e=nn.Embedding(7, 5))
+    ours, loop = (get_backend(b).norms(model, squares) for b in ("bookkeeping", "naive"))
+    assert_close(ours(inputs, real(7).to(DEVICE)), loop(inputs, real(7).to(DEVICE)))
+    assert categories == {0.0, 1.0, 2.0, 3.0, 6.0}
+    assert min(shares) == inputs[1].min()
+    assert max(shares) == inputs[1].max()

@@ -247,14 +247,12 @@ def _with_another(batch: Sample, place: int, inputs: Batch, alike: bool) -> tupl
     neighbour = place + 1 if place == 0 else place - 1
 
     def changed(t: Tensor, whole: Tensor) -> Tensor:
-        t = t.clone()
-        if t.is_floating_point() or t.is_complex():
-            t[place] = t[place] * -8 - 1
-        elif alike:
-            t[place] = t[neighbour]
+        t, differs = t.clone(), (whole != t[place]).reshape(len(whole), -1).any(1)
+        if t.is_complex():
+            t[place] = _far(t[place])
         else:
-            differs = (whole != t[place]).reshape(len(whole), -1).any(1)
-            t[place] = whole[differs.int().argmax()] if differs.any() else _less(t[place])
+            other = t[neighbour] if alike else whole[differs.int().argmax()] if differs.any() else _less(t[place])
+            t[place] = _far_within(t[place], other, whole) if t.is_floating_point() else other
         return t
 
     kept = torch.ones(len(targets), dtype=torch.bool, device=targets.device)
@@ -262,6 +260,22 @@ def _with_another(batch: Sample, place: int, inputs: Batch, alike: bool) -> tupl
     changes, targets = iter(tensors(inputs)), targets.clone()
     targets[place] = targets[neighbour] if alike or targets.is_floating_point() else _less(targets[place])
     return (apply(lambda t: changed(t, next(changes)), few), targets), kept
+
+
+def _far(t: Tensor) -> Tensor:
+    return t * -8 - 1
+
+
+def _far_within(t: Tensor, other: Tensor, whole: Tensor) -> Tensor:
+    """Return larger numbers of the other sign; but what looks like an index stays one, and a probability too.
+
+    A model may use them as such, and on CUDA what is out of bounds there ends the process. So where the whole batch has
+    integers, they become those of another sample; where it lies in [0, 1], the least or the largest that occurs.
+    """
+    low, high = whole.min(), whole.max()
+    bounded = bool(low >= 0) and bool(high <= 1)
+    far = torch.where(t < (low + high) / 2, high, low) if bounded else _far(t)
+    return torch.where((whole == whole.round()).all(0), other, far)
 
 
 def _less(t: Tensor) -> Tensor:
