@@ -4,7 +4,7 @@ https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs. Small models a
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from backends.batch import Batch, apply, signature, size, tensors
+from backends.batch import Batch, apply, detached, signature, size, tensors
 from backends.refusals import Unsupported, first_line_of
 
 WARM_UPS = (
@@ -38,9 +38,11 @@ def graphed(fn: Callable[[Batch, Tensor], Any], *, kept: bool = True) -> Callabl
     graphs: dict[object, _Graph] = {}
 
     def run(inputs: Batch, targets: Tensor) -> Any:  # noqa: ANN401  as the function
+        inputs = detached(inputs)  # else each call would add to the history of what it is copied to
         form = (signature(inputs), size(inputs), signature(targets))
         if form not in graphs:
-            graphs[form] = _record(fn, inputs, targets)
+            with torch.cuda.device_of(targets):  # what is recorded is the current one's
+                graphs[form] = _record(fn, inputs, targets)
         result = graphs[form].replay(inputs, targets)
         return tree_map(torch.clone if kept else torch.Tensor.detach, result)  # dicts are the caller's in any case
 
@@ -55,9 +57,10 @@ class _Graph:
     result: Any
 
     def replay(self, inputs: Batch, targets: Tensor) -> Any:  # noqa: ANN401  as the recorded function
-        for static, t in zip([*tensors(self.inputs), self.targets], [*tensors(inputs), targets], strict=True):
-            static.copy_(t)
-        self.graph.replay()
+        with torch.cuda.device_of(self.targets):
+            for static, t in zip([*tensors(self.inputs), self.targets], [*tensors(inputs), targets], strict=True):
+                static.copy_(t)
+            self.graph.replay()
         return self.result
 
 
@@ -69,14 +72,24 @@ def _record(fn: Callable[[Batch, Tensor], Any], inputs: Batch, targets: Tensor) 
         for _ in range(WARM_UPS):
             fn(inputs, targets)
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
+    graph, failure = torch.cuda.CUDAGraph(), None
     try:
-        with _recorded(), torch.cuda.graph(graph):
-            result = fn(inputs, targets)
+        with _same_stream_afterwards(), _recorded(), torch.cuda.graph(graph):
+            try:
+                result = fn(inputs, targets)
+            except (RuntimeError, Unsupported) as error:
+                failure = error  # to end the recording fails too, and says less
+                raise
     except (RuntimeError, Unsupported) as error:
-        why = first_line_of(str(error))
-        raise Unsupported(f"`model` (cuda_graph=True): the call cannot be recorded as a CUDA graph: {why}") from error
+        failure = failure or error
+        why = first_line_of(str(failure))
+        raise Unsupported(f"`model` (cuda_graph=True): the call cannot be recorded as a CUDA graph: {why}") from failure
     return _Graph(graph, inputs, targets, result)
+
+
+def _same_stream_afterwards() -> AbstractContextManager[object]:
+    """Return a context after which the current stream is what it was: a recording that fails does not see to it."""
+    return torch.cuda.stream(torch.cuda.current_stream())
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """What calls of a CUDA graph return: copies, or the graph's own memory in a dict of the caller's own."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +9,8 @@ import torch
 from torch import Tensor
 
 from backends import graphs
+from backends.base import Unsupported
+from testbed.outcome import lack_of_memory
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -24,3 +28,52 @@ def test_results_are_the_callers(kept: bool, monkeypatch: pytest.MonkeyPatch) ->
     second = call(torch.zeros(1, 2), torch.zeros(1))
     assert set(second) == {"weight", "bias"}
     assert (second["weight"].data_ptr() == own["weight"].data_ptr()) == (not kept)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a value was asked for"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_recording_that_fails_says_why_and_leaves_the_stream_as_it_was(
+    error: RuntimeError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As CUDA does it: to end a recording that has failed raises, and then torch does not leave its stream."""
+    streams: list[object] = ["the caller's"]
+
+    @contextmanager
+    def stream(other: object) -> Iterator[None]:
+        before = streams[-1]
+        streams.append(other)
+        try:
+            yield
+        finally:
+            streams.append(before)
+
+    @contextmanager
+    def recording(graph: object) -> Iterator[None]:
+        streams.append("the recording's")
+        try:
+            yield
+        except BaseException:
+            raise RuntimeError("operation failed due to a previous error during capture") from None
+
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: SimpleNamespace(wait_stream=lambda other: None))
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+
+    def fn(inputs: Tensor, targets: Tensor) -> None:
+        if graphs.recording():
+            raise error
+
+    with pytest.raises(Unsupported, match=str(error)) as refused:
+        graphs.graphed(fn)(torch.zeros(1, 2), torch.zeros(1))
+    assert streams[-1] == "the caller's"
+    assert (lack_of_memory(refused.value) is not None) == isinstance(error, torch.OutOfMemoryError)
+
+
+def test_inputs_with_a_gradient_leave_no_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    static = torch.zeros(1, 2)
+    graph = graphs._Graph(SimpleNamespace(replay=lambda: None), static, torch.zeros(1), {})  # type: ignore[arg-type]
+    monkeypatch.setattr(graphs, "_record", lambda *call: graph)
+    graphs.graphed(lambda *call: None)(torch.ones(1, 2, requires_grad=True), torch.zeros(1))
+    assert static.tolist() == [[1, 1]]
+    assert not static.requires_grad
