@@ -36,7 +36,7 @@ def tf32_allowed(like: Tensor) -> bool:
 def without_tf32() -> Iterator[None]:
     """Allow no TF32 in the block; afterwards both kinds of switches are as they were, and may be read as before."""
     before = [switch.fp32_precision for switch in SWITCHES]
-    older = _older()
+    older, words = _older(), _words()
     try:
         if older:
             _PRODUCTS.allow_tf32 = _CUDNN.allow_tf32 = False
@@ -48,14 +48,25 @@ def without_tf32() -> Iterator[None]:
         if older:
             _PRODUCTS.allow_tf32, _CUDNN.allow_tf32 = older
         for switch, was in zip(SWITCHES, before, strict=True):
+            switch.fp32_precision = "none"  # what a more general switch says, now and later
             if switch.fp32_precision != was:
                 switch.fp32_precision = was
+        if words and _words() != words:
+            torch.set_float32_matmul_precision(words)
 
 
 def _older() -> tuple[bool, bool] | None:
     """Return the older switches, or None where the newer ones have been used: then the older may not be read."""
     try:
         return _PRODUCTS.allow_tf32, _CUDNN.allow_tf32
+    except RuntimeError:
+        return None
+
+
+def _words() -> str | None:
+    """Return how torch's oldest switch describes products, or None where that may not be read."""
+    try:
+        return torch.get_float32_matmul_precision()
     except RuntimeError:
         return None
 

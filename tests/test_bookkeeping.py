@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backends import get_backend
+from backends import get_backend, precision
 from backends.ops.outer import Outer
 from tests.asserts import assert_close
 from tests.cases import DEVICE, Functional, N, linear, real, squares
@@ -142,6 +142,7 @@ def test_under_float16_autocast_results_may_be_beyond_float16(quantity: str, lay
         assert (found[0][name] - exact).norm() < 0.05 * exact.norm(), name
 
 
+@precision.without_tf32()
 def test_uses_of_a_weight_in_two_dtypes_are_added_in_the_wider() -> None:
     def twice(s: nn.Module, x: Tensor) -> Tensor:
         with torch.autocast(DEVICE.type, enabled=False):

@@ -1,6 +1,7 @@
 """TF32's two kinds of switches, and what runs without it, and without autocast."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -16,12 +17,15 @@ pytestmark = pytest.mark.usefixtures("own_random_state")
 @pytest.fixture(autouse=True)
 def _switches_are_set_back() -> Iterator[None]:
     older = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    before = [switch.fp32_precision for switch in precision.SWITCHES]
+    words, before = torch.get_float32_matmul_precision(), state()
     yield
+    for switch in (torch.backends, torch.backends.cudnn):
+        switch.fp32_precision = "none"  # type: ignore[attr-defined]
+    torch.set_float32_matmul_precision(words)  # CPU products too
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = older
-    for switch, was in zip(precision.SWITCHES, before, strict=True):
-        if switch.fp32_precision != was:
-            switch.fp32_precision = was
+    for switch in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+        switch.fp32_precision = "none"
+    assert state() == before
 
 
 def newer() -> None:
@@ -51,8 +55,12 @@ def older() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
 
-def older_by_words() -> None:
-    torch.set_float32_matmul_precision("high")
+def by_words(words: str) -> None:
+    torch.set_float32_matmul_precision(words)
+
+
+def for_all() -> None:
+    torch.backends.fp32_precision = "tf32"  # type: ignore[attr-defined]
 
 
 def state() -> list[object]:
@@ -70,15 +78,27 @@ def state() -> list[object]:
     return found
 
 
-@pytest.mark.parametrize("setting", [lambda: None, older, older_by_words, newer])
+@pytest.mark.parametrize(
+    "setting",
+    [lambda: None, older, partial(by_words, "high"), partial(by_words, "medium"), newer, for_all],
+)
 def test_in_the_block_it_is_not_allowed_and_after_it_all_is_as_before(setting: Callable[[], None]) -> None:
     setting()
     before = state()
     with precision.without_tf32():
         assert not precision.tf32_in_products()
         assert not precision.tf32_in_convolutions()
-        assert setting is newer or "may not be read" not in state()[3:5]
+        assert setting in (newer, for_all) or "may not be read" not in state()[3:5]
     assert state() == before
+
+
+def test_a_switch_that_follows_another_one_goes_on_to() -> None:
+    for_all()
+    with precision.without_tf32():
+        pass
+    torch.backends.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    assert not precision.tf32_in_products()
+    assert not precision.tf32_in_convolutions()
 
 
 def test_samples_are_looked_at_without_it() -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from backends import get_backend
+from backends import get_backend, precision
 from testbed.agreement import Calibrated
 from testbed.problems import Problem, make_problem
 from testbed.referee import Referee
@@ -59,6 +59,7 @@ def problem() -> Problem:
     return make_problem("simple_cnn", "random", "nll", batch_size=16, device=DEVICE)
 
 
+@precision.without_tf32()  # where there is any: what is rounded here shall be what is imitated
 def ask(problem: Problem, quantity: str, u: float | None, scale: float = 1.0) -> str:
     referee = Referee(problem, quantity, {}, Calibrated())
     referee.truth.u = u
