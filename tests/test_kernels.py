@@ -18,6 +18,7 @@ from torch.torch_version import TorchVersion
 from backends import get_backend
 from backends.ops.choice import CHOSEN, fastest, kernels
 from backends.ops.conv import Correlation, grouped
+from backends.ops.live import peak
 from backends.ops.outer import Outer
 from tests.cases import DEVICE, Functional, linear, squares
 
@@ -284,6 +285,26 @@ def test_a_wrong_kernel_is_noticed_where_it_writes_to_the_same_memory(monkeypatc
     (chosen,) = (CHOSEN.pop(key) for key in list(CHOSEN) if key.startswith("one memory"))
     assert chosen == "direct (kernel is off by 1.7e+00 where the norm is 3.5e+00)"
     assert out.tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("sample", [0, 1, 4, 7])
+def test_a_kernels_result_is_compared_at_both_ends_where_it_is_large(
+    sample: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There may be no room for it a second time."""
+    monkeypatch.setattr("backends.ops.choice.with_kernels", lambda like: True)
+    monkeypatch.setattr("backends.ops.choice.COMPARED", 2 * 4000)
+
+    def made(wrong: float) -> torch.Tensor:
+        result = torch.ones(8, 1000)
+        result[sample] = wrong
+        return result
+
+    ways, what = {"direct": lambda: made(1)}, f"sample {sample}"
+    taken = peak(lambda: fastest(ways, what, 8, torch.ones(1), {"kernel": lambda: made(2)}))
+    (chosen,) = (CHOSEN.pop(key) for key in list(CHOSEN) if key.startswith(what))
+    assert ("kernel is off" in chosen) == (sample in (0, 1, 7))
+    assert taken < 8 * 4000 * 3
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="only there bfloat16 is multiplied as if its bits were whole numbers")
