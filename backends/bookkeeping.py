@@ -111,10 +111,9 @@ class Bookkeeping(Backend):
         """Build Σ_i min(1, C/‖g_i‖) g_i from the same pairs as the norms."""
         pool = Pool()
         passes = self._passes(model, loss_fn)
-        keep = _Keep(pool, passes)
 
         def clipped_sum(found: dict[str, tuple[PerSample, Part]]) -> Named:
-            keep.extra, names = 0, list(found)
+            names = list(found)
             together = Together({name: part for name, (_, part) in found.items()})
             factors = clip_factors(together.squares().sqrt(), max_norm)
             scale = unit(factors, [g.like.dtype for g, _ in found.values()])
@@ -126,7 +125,7 @@ class Bookkeeping(Backend):
             sums = {name: small[name] if name in small else large[name] for name in names}
             return sums if scale is None else {name: scale * t.to(wide(t.dtype)) for name, t in sums.items()}
 
-        return self._built(model, passes, keep, clipped_sum, _added)
+        return self._built(model, passes, _Keep(pool, passes), clipped_sum, _added)
 
     def variance(self, model: nn.Module, loss_fn: LossFn) -> GradsFn:
         """Build 1/N Σ (g_i − ḡ)², some samples at a time."""
@@ -177,6 +176,7 @@ class Bookkeeping(Backend):
             return made(passes(inputs, targets, each))
 
         def passed_by(way: Way, inputs: Batch, targets: Tensor) -> R:
+            passes.extra = 0
             return made(way.run(inputs, targets, each))
 
         whole = Compiled(passes, passed_by) if self.compile else passed
@@ -214,16 +214,16 @@ class _Keep:
 
     Squares mostly come of the gradients themselves. They are kept, and weighted later, where that takes less memory
     than the pairs they are made of, or more and there is some to spare: a part of a batch may take what the rest of it
-    would. `extra` is how many bytes more have been taken.
+    would.
     """
 
     def __init__(self, pool: Pool, passes: Passes) -> None:
-        self.pool, self.passes, self.extra = pool, passes, 0
+        self.pool, self.passes = pool, passes
 
     def __call__(self, name: str, g: PerSample) -> tuple[PerSample, Part]:
-        more, spare = g.bytes() - g.held(), self.passes.footprint.spare(g.samples, self.passes.whole) - self.extra
-        if g.held() and more <= spare and self._pays(g):
-            self.extra += max(0, more)
+        passes, more = self.passes, g.bytes() - g.held()
+        if g.held() and more <= passes.footprint.spare(g.samples, passes.whole) - passes.extra and self._pays(g):
+            passes.extra += max(0, more)
             g = Dense(g.grads(self.pool.empty))
         return g, without_float16(g) if g.is_small() else g.squares()
 

@@ -255,6 +255,29 @@ def test_a_batch_that_fails_leaves_the_cheapest_way_as_it_was() -> None:
     assert way.name == "over the batch"
 
 
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_what_samples_do_not_tell_is_not_asked_while_ops_are_recorded(
+    quantity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A unit that is dead has no gradient to tell samples apart: it would be looked at anew in a few more calls."""
+    model = Functional(lambda s, x: s.b(s.a(x).relu()), a=linear(5, 4), b=linear(4, 3)).to(DEVICE, torch.float64)
+    nn.init.constant_(model.a.bias, -100.0)
+    fn, inputs, targets = getattr(get_backend("bookkeeping"), quantity)(model, squares), real(6, 5), real(6)
+    inputs, targets = inputs.to(DEVICE), targets.to(DEVICE)
+    before = fn(inputs, targets)
+    monkeypatch.setattr("backends.ops.passes.capturing", lambda like: True)
+    monkeypatch.setattr("backends.ops.parts.capturing", lambda like: True)
+    monkeypatch.setattr("backends.ops.passes.looked", lambda *call: pytest.fail("it asks for values"))
+    assert_close(fn(inputs, targets), before)
+
+
+def test_a_way_that_fails_has_kept_nothing() -> None:
+    passes = Passes(linear(5, 4).to(DEVICE, torch.float64), squares)
+    passes.extra = 1
+    passes(real(3, 5).to(DEVICE), real(3).to(DEVICE), itself)
+    assert passes.extra == 0
+
+
 def test_an_input_that_is_changed_later_is_an_error_as_in_autograd() -> None:
     model = habit(lambda s, x: (h := x * 1, s.a(h), h.add_(1))[1])
     with pytest.raises(RuntimeError, match="inplace"):

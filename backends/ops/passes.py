@@ -29,7 +29,7 @@ from torch.func import functional_call, vmap
 from backends import precision
 from backends.base import LossFn, Named, trainable
 from backends.batch import Batch, apply, call, signature, size, take, tensors
-from backends.ops.choice import CHOSEN
+from backends.ops.choice import CHOSEN, capturing
 from backends.ops.footprint import NOTHING, Footprint
 from backends.ops.look import going_on, itself, looked
 from backends.ops.persample import Dense, PerSample
@@ -63,19 +63,23 @@ class Passes:
         values: The parameters without gradient, by name.
         shared: Those [1, ...], which any op may use.
         ways: By the form of the inputs, the ways to run them that have not failed, the cheapest first.
+        unsure: The same, of forms that will be looked at again.
         looks: How often a form has been looked at.
         footprints: By the form too, how much memory the passes hold.
         footprint: That of the inputs that are being run.
         whole: How many samples the batch has that they are a part of.
+        extra: How many bytes more than pairs have been kept of them.
     """
 
     model: nn.Module
     loss_fn: LossFn
     ways: dict[object, list[Way]] = field(default_factory=dict)
+    unsure: dict[object, list[Way]] = field(default_factory=dict)
     looks: Counter[object] = field(default_factory=Counter)
     footprints: dict[object, Footprint] = field(default_factory=dict)
     footprint: Footprint = NOTHING
     whole: int = 0
+    extra: int = 0
 
     def __post_init__(self) -> None:
         self.parameters = trainable(self.model)
@@ -93,6 +97,7 @@ class Passes:
             if kept is not None and count > 0:  # the way before has left them half changed
                 for t, was in zip(tensors(inputs), tensors(kept), strict=True):
                     t.copy_(was)
+            self.extra = 0  # of a way that failed, nothing is kept
             with going_on(count < len(ways) - 1), kept_buffers(self.model):
                 found = way.run(inputs, targets, each)
                 if form in self.ways:
@@ -110,11 +115,12 @@ class Passes:
 
     def _looked(self, form: object, inputs: Batch, targets: Tensor) -> list[Way]:
         """Return the ways that are right; where samples do not tell, they are looked for again, a few times at most."""
+        if form in self.unsure and capturing(targets):  # a look asks for values
+            return self.unsure[form]
         with kept_random_state(self.model):  # a first call draws what later ones draw
             ways, sure, self.footprints[form] = looked(self, inputs, targets)
         self.looks[form] += 1
-        if sure or self.looks[form] == LOOKS:
-            self.ways[form] = ways
+        (self.ways if sure or self.looks[form] == LOOKS else self.unsure)[form] = ways
         return ways
 
     def over_the_batch(self, layout: Layout) -> Way:
