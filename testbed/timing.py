@@ -47,11 +47,12 @@ def time_once(function: Callable[[], object], device: torch.device) -> Sample:
         del result
         return Sample(seconds, seconds)
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    start = time.perf_counter()
-    result = function()
-    host = time.perf_counter() - start
-    end.record()
+    with torch.cuda.device(device):  # events are the current one's
+        begin.record()
+        start = time.perf_counter()
+        result = function()
+        host = time.perf_counter() - start
+        end.record()
     synchronise(device)
     del result
     return Sample(begin.elapsed_time(end) / 1e3, host)
