@@ -20,15 +20,17 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from pydantic import Field
 from torch import Tensor, nn
 
 from backends import derived
+from backends.closures import bind_anew
 from backends.derived import GradsFn as GradsFn  # a backend's file finds all of its contract here
 from backends.derived import Named as Named
 from backends.derived import TensorFn as TensorFn
+from backends.derived import check_max_norm as check_max_norm
 from backends.derived import clip_factors as clip_factors
 from backends.derived import norms_of as norms_of
 from backends.derived import rows_of as rows_of
@@ -207,11 +209,13 @@ def full_copy(model: nn.Module, known: Mapping[int, Tensor] | None = None) -> nn
     Raises:
         Unsupported: The model cannot be copied.
     """
-    computed = {id(t): t.detach().clone() for t in _computed_anew(model)}
+    copies: dict[int, Any] = {id(t): t.detach().clone() for t in _computed_anew(model)} | dict(known or {})
     try:
-        return copy.deepcopy(model, {**computed, **(known or {})})
+        copied = copy.deepcopy(model, copies)
     except Exception as error:
         raise Unsupported(f"the model cannot be copied (copy.deepcopy: {first_line(error)})") from error
+    bind_anew(copied, copies)
+    return copied
 
 
 def _computed_anew(model: nn.Module) -> Iterator[Tensor]:
