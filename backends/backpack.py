@@ -27,10 +27,11 @@ from backends.base import (
     register,
     trainable,
 )
-from backends.batch import Batch, call, size
+from backends.batch import Batch, call, detached, signature, size
 from backends.module_calls import Shape, collect, pads_unlike_zeros, per_sample, quiet_hooks, watcher
 from backends.probe import Hooked
 from backends.running import library_call
+from backends.verify import few_of, verify_rows
 
 Wrong = Callable[[nn.Module], str | None]
 """A layer -> why BackPACK would be silently wrong on it, or None; the case that proves it stands beside it."""
@@ -51,7 +52,7 @@ class BackPack(Backend):
         """Build the extended model with BatchGrad; see the contract."""
         from backpack.extensions import BatchGrad
 
-        run = _extended(model, loss_fn, "grad_batch")
+        run = _extended(model, loss_fn, "grad_batch", rows=lambda found: found)
 
         def fn(inputs: Batch, targets: Tensor) -> Named:
             n = size(inputs)
@@ -68,21 +69,31 @@ class BackPack(Backend):
         from backpack.extensions import BatchL2Grad
 
         rules = (_pads_with_zeros, _adds_up_groups)
-        run = _extended(model, loss_fn, "batch_l2", lambda n, p: (n,), rules)
+
+        def norms(squares: Named) -> Tensor:
+            return torch.stack(list(squares.values())).sum(0).sqrt()
+
+        run = _extended(model, loss_fn, "batch_l2", lambda n, p: (n,), rules, norms)
 
         def fn(inputs: Batch, targets: Tensor) -> Tensor:
             (squares,) = run(inputs, targets, [BatchL2Grad()], [size(inputs)])
-            return torch.stack(list(squares.values())).sum(0).sqrt()
+            return norms(squares)
 
         return fn
 
     def variance(self, model: nn.Module, loss_fn: LossFn) -> GradsFn:
         """Build the extended model with Variance: mean square minus squared mean, which cancels where they are near."""
-        from backpack.extensions import Variance
+        from backpack.extensions import BatchGrad, Variance
 
         run = _extended(model, loss_fn, "variance", lambda n, p: tuple(p.shape))
+        look = _extended(model, loss_fn, "grad_batch", rows=lambda found: found)
+        seen = set()
 
         def fn(inputs: Batch, targets: Tensor) -> Named:
+            if guarded() and (form := (signature(inputs), size(inputs) > 1)) not in seen:
+                few = few_of(size(inputs))  # a variance does not show whose gradients it was made of
+                look(inputs, targets, [BatchGrad(subsampling=few)], [len(few)])
+                seen.add(form)
             (found,) = run(inputs, targets, [Variance()], [size(inputs)])
             # case "input: N = 1": one sample's variance is zero, the formula leaves rounding
             return found if size(inputs) > 1 else {name: torch.zeros_like(t) for name, t in found.items()}
@@ -115,9 +126,23 @@ Run = Callable[[Batch, Tensor, Sequence[Any], Sequence[int]], list[Named]]
 
 
 def _extended(
-    model: nn.Module, loss_fn: LossFn, attribute: str, shape: Shape = per_sample, rules: Sequence[Wrong] = RULES
+    model: nn.Module,
+    loss_fn: LossFn,
+    attribute: str,
+    shape: Shape = per_sample,
+    rules: Sequence[Wrong] = RULES,
+    rows: Callable[[Named], Named | Tensor] | None = None,
 ) -> Run:
-    """Return the function that runs an extended copy of the model, and takes its results off the parameters."""
+    """Return the function that runs an extended copy of the model, and takes its results off the parameters.
+
+    Args:
+        model: The caller's model.
+        loss_fn: The loss.
+        attribute: Where the extension leaves its result.
+        shape: The result's.
+        rules: What to refuse.
+        rows: The results -> gradients or norms of samples, to be held against those of each alone.
+    """
     from backpack import backpack, extend
 
     watching = watcher("BackPACK", model, _hooked)
@@ -129,6 +154,7 @@ def _extended(
 
     def run(inputs: Batch, targets: Tensor, extensions: Sequence[Any], samples: Sequence[int]) -> list[Named]:
         results: list[Named] = []
+        inputs, targets = detached(inputs), detached(targets)
         loss = torch.empty(0)
         with watching(inputs) as new:
             for extension, n in zip(extensions, samples, strict=True):
@@ -139,8 +165,12 @@ def _extended(
                     loss = loss if results else loss_fn(call(model, inputs), targets).sum()
                     with backpack(extension, retain_graph=more):
                         torch.autograd.backward(loss, retain_graph=more)
-                whole = attribute == "grad_batch" and len(extensions) == 1
-                results.append(collect("BackPACK", parameters, attribute, n, shape=shape, verify=new and whole))
+                whole = attribute == "grad_batch" and n == size(inputs)
+                found = collect("BackPACK", parameters, attribute, n, shape=shape, verify=new and whole)
+                few = n == len(few_of(size(inputs)))
+                if new and rows and len(extensions) == 1 and (few or n == size(inputs)):
+                    verify_rows("BackPACK", rows(found), original, loss_fn, inputs, targets, only_few=few)
+                results.append(found)
         return results
 
     return run

@@ -31,6 +31,7 @@ from backends.base import (
     Named,
     Positive,
     TensorFn,
+    check_max_norm,
     clip_factors,
     own_copy,
     register,
@@ -109,6 +110,7 @@ class Bookkeeping(Backend):
 
     def clipped_sum(self, model: nn.Module, loss_fn: LossFn, *, max_norm: Positive = 1.0) -> GradsFn:
         """Build Σ_i min(1, C/‖g_i‖) g_i from the same pairs as the norms."""
+        check_max_norm(max_norm)
         pool = Pool()
         passes = self._passes(model, loss_fn)
 

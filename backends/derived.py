@@ -42,6 +42,7 @@ def norms(grads: GradsFn, most: int) -> TensorFn:
 
 def clipped_sum(grads: GradsFn, most: int, max_norm: float) -> GradsFn:
     """Return the function for Σ_i min(1, C/‖g_i‖) g_i, `most` samples at a time."""
+    check_max_norm(max_norm)
 
     def one(inputs: Batch, targets: Tensor) -> Named:
         g = grads(inputs, targets)
@@ -199,6 +200,16 @@ def squares_of(grads: Tensor) -> Tensor:
     if whole < rows.shape[1]:
         squares += torch.linalg.vector_norm(rows[:, whole:], dim=1, dtype=dtype).square_()
     return squares
+
+
+def check_max_norm(max_norm: float) -> None:
+    """Refuse a norm to clip to that would turn gradients round.
+
+    Raises:
+        ValueError: It is not above 0.
+    """
+    if not max_norm > 0:
+        raise ValueError(f"max_norm should be above 0, found {max_norm}")
 
 
 def clip_factors(norms: Tensor, max_norm: float) -> Tensor:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from backends.base import Backend, GradsFn, LossFn, Named, Unsupported, describe, guarded, own_copy, register, trainable
-from backends.batch import Batch, call, size
+from backends.batch import Batch, call, detached, size
 from backends.expanded import expanded, normalises_anew, trains_padding
 from backends.module_calls import collect, watcher
-from backends.running import batch_gradient, library_call
+from backends.running import batch_gradient, kept_attributes, library_call
+from backends.verify import verify_rows
 
 
 @register("expanded_weights")
@@ -32,14 +33,18 @@ class ExpandedWeights(Backend):
         _refuse_options(model)
 
         def fn(inputs: Batch, targets: Tensor) -> Named:
+            inputs, targets = detached(inputs), detached(targets)
             for p in parameters.values():
                 vars(p).pop("grad_sample", None)  # of a call that failed half-way
-            with watching(inputs) as new:
+            with watching(inputs) as new, kept_attributes(model):
                 with library_call(plain, model, loss_fn, inputs, targets):
                     per_sample = call_for_per_sample_grads(model, batch_size=size(inputs), loss_reduction="sum")
                     torch.autograd.backward(loss_fn(call(per_sample, inputs), targets).sum())
                 totals = batch_gradient(plain, loss_fn, inputs, targets) if new else None
-                return collect("ExpandedWeights", parameters, "grad_sample", size(inputs), verify=new, totals=totals)
+                found = collect("ExpandedWeights", parameters, "grad_sample", size(inputs), verify=new, totals=totals)
+                if new:
+                    verify_rows("ExpandedWeights", found, plain, loss_fn, inputs, targets)
+                return found
 
         return fn
 

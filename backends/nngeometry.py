@@ -26,10 +26,11 @@ from backends.base import (
     register,
     trainable,
 )
-from backends.batch import Batch, call, size, tensors
-from backends.module_calls import collect, pads_unlike_zeros, verify_gram, watcher
+from backends.batch import Batch, call, detached, size, tensors
+from backends.module_calls import collect, pads_unlike_zeros, watcher
 from backends.probe import Hooked
 from backends.running import batch_gradient, library_call
+from backends.verify import verify_gram, verify_rows
 
 
 @register("nngeometry", requires={"nngeometry": "nngeometry"})
@@ -53,9 +54,12 @@ class NNGeometry(Backend):
                     for name, block in zip(("weight", "bias"), blocks, strict=False):
                         if (parameter := parameters.get(f"{path}.{name}".lstrip("."))) is not None:
                             parameter.jacobian = block[0].reshape(-1, *parameter.shape)  # type: ignore[attr-defined]  # as libraries do, for collect
-                return collect(
+                found = collect(
                     "NNGeometry", parameters, "jacobian", size(inputs), verify=bool(total), totals=total or None
                 )
+                if total:
+                    verify_rows("NNGeometry", found, original, loss_fn, inputs, targets)
+                return found
 
         return fn
 
@@ -72,6 +76,7 @@ class NNGeometry(Backend):
             with run(inputs, targets) as (matrix, total):
                 gram: Tensor = matrix.to_torch()[0, :, 0, :]
                 if total:
+                    verify_rows("NNGeometry", gram.diagonal().sqrt(), original, loss_fn, inputs, targets)
                     verify_gram("NNGeometry", gram, total)
                 return gram
 
@@ -104,6 +109,7 @@ def _runner(what: Any, original: nn.Module, model: nn.Module, loss_fn: LossFn) -
             with _default_dtype(usual):
                 return loss_fn(call(model, found[0] if isinstance(inputs, Tensor) else batch), labels)
 
+        inputs, targets = detached(inputs), detached(targets)
         zero = torch.zeros(size(inputs), dtype=exact, device=targets.device)
         with watching(inputs) as new:
             generator = TorchHooksJacobianBackend(model=model, function=losses, layer_collection=layers)

@@ -4,6 +4,7 @@ Modes: `hooks` (a hand-written rule a layer, functorch for the rest), `functorch
 ExpandedWeights). They are right where the library sees every use of a parameter; elsewhere this file refuses.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from backends.base import Backend, GradsFn, LossFn, Named, own_copy, register, trainable
-from backends.batch import Batch, call, size
+from backends.batch import Batch, call, detached, size
 from backends.expanded import expanded, normalises_anew, trains_padding
 from backends.module_calls import collect, quiet_hooks, watcher
 from backends.opacus_hooks import HOOK_RULES, Rule, hooked_by_opacus, refuse_options, wrapped_by_opacus
 from backends.probe import Hooked
-from backends.running import batch_gradient, library_call
+from backends.running import batch_gradient, kept_attributes, library_call
+from backends.verify import verify_rows
 
 RULES: dict[str, tuple[Rule, ...]] = {"hooks": HOOK_RULES, "functorch": (), "ew": (trains_padding, normalises_anew)}
 
@@ -46,11 +48,15 @@ class Opacus(Backend):
         wrapped = wrapped_by_opacus(model, hooked(model), grad_sample_mode=self.mode)
 
         def fn(inputs: Batch, targets: Tensor) -> Named:
-            with watching(inputs) as new:
+            inputs, targets = detached(inputs), detached(targets)
+            with watching(inputs) as new, kept_attributes(wrapped) if ew else nullcontext():
                 wrapped.zero_grad(set_to_none=True)
                 with quiet_hooks(), library_call(plain, model, loss_fn, inputs, targets):
                     torch.autograd.backward(loss_fn(call(wrapped, inputs), targets).sum())
                 totals = batch_gradient(plain, loss_fn, inputs, targets) if ew and new else None
-                return collect("Opacus", parameters, "grad_sample", size(inputs), verify=new, totals=totals)
+                found = collect("Opacus", parameters, "grad_sample", size(inputs), verify=new, totals=totals)
+                if new:
+                    verify_rows("Opacus", found, plain, loss_fn, inputs, targets)
+                return found
 
         return fn

@@ -21,16 +21,18 @@ from backends.base import (
     Positive,
     TensorFn,
     Unsupported,
+    check_max_norm,
     clip_factors,
     own_copy,
     register,
     trainable,
 )
-from backends.batch import Batch, call, size
+from backends.batch import Batch, call, detached, size
 from backends.module_calls import collect, quiet_hooks, watcher
 from backends.opacus_hooks import HOOK_RULES, hooked_by_opacus, refuse_options, wrapped_by_opacus
 from backends.probe import Hooked
 from backends.running import library_call
+from backends.verify import refuse_nonlinear, verify_rows
 
 
 @register("opacus_ghost", requires={"opacus": "opacus"})
@@ -56,6 +58,7 @@ class OpacusGhost(Backend):
 
     def clipped_sum(self, model: nn.Module, loss_fn: LossFn, *, max_norm: Positive = 1.0) -> GradsFn:
         """Build the wrapped model; a second backward pass takes the losses weighted by the clip factors."""
+        check_max_norm(max_norm)
 
         def second(norms: Tensor, losses: Tensor, parameters: dict[str, nn.Parameter]) -> Named:
             # Opacus' own factors are C / (‖g_i‖ + 1e-6): not the definition where norms are small
@@ -64,10 +67,14 @@ class OpacusGhost(Backend):
             dense = (g.to_dense() if g.is_sparse else g for g in grads)
             return dict(zip(parameters, dense, strict=True))
 
-        return self._build(model, loss_fn, second)
+        return self._build(model, loss_fn, second, weights=True)
 
     def _build(
-        self, model: nn.Module, loss_fn: LossFn, finish: Callable[[Tensor, Tensor, dict[str, nn.Parameter]], Any]
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        finish: Callable[[Tensor, Tensor, dict[str, nn.Parameter]], Any],
+        weights: bool = False,
     ) -> Callable[[Batch, Tensor], Any]:
         from opacus.grad_sample import GradSampleModuleFastGradientClipping
 
@@ -87,15 +94,20 @@ class OpacusGhost(Backend):
         )
 
         def fn(inputs: Batch, targets: Tensor) -> Any:  # noqa: ANN401
+            inputs, targets = detached(inputs), detached(targets)
             with (
-                watching(inputs),
+                watching(inputs) as new,
                 quiet_hooks(),
                 library_call(plain, model, loss_fn, inputs, targets),
             ):
+                if new and weights:
+                    refuse_nonlinear("Opacus", plain, loss_fn, inputs, targets)
                 losses = loss_fn(call(wrapped, inputs), targets)
                 torch.autograd.backward(losses.sum(), retain_graph=True)
                 found = collect("Opacus", parameters, "_norm_sample", size(inputs), shape=lambda n, p: (n,))
                 norms = torch.linalg.vector_norm(torch.stack(list(found.values())), dim=0)
+                if new:
+                    verify_rows("Opacus", norms, plain, loss_fn, inputs, targets)
                 wrapped.disable_hooks()
                 try:
                     return finish(norms, losses, parameters)

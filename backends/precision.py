@@ -74,3 +74,11 @@ def _words() -> str | None:
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Return a context without autocast on a device: in it, products are made in the dtype of what is multiplied."""
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+
+
+def rounding(like: Tensor) -> float:
+    """Return how far apart numbers near 1 are in the arithmetic of a tensor: its dtype's, or that of autocast."""
+    device, dtype = like.device.type, like.dtype
+    if dtype != torch.float64 and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    return torch.finfo(dtype).eps

@@ -20,7 +20,7 @@ from backends.batch import Batch, apply, call, size, take, tensors
 from backends.rows import Rows, RowsOf, batch_first, tensors_in
 from backends.running import kept_buffers
 
-FORWARDS, BACKWARDS = 3, 4  # two sizes, since rolling by three samples, say, moves four but not three
+SIZES = 4, 3  # forwards and backwards: two, since rolling by three samples, say, moves four but not three
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ class Use:
         tensors_out: How many came out.
         counts: How many samples there seem to be in each.
         keywords: Whether a tensor went in as a keyword.
-        altered: What was not the module's own: "input" or "output" that the caller's hooks changed, "weights".
+        altered: What was not the module's own: "input" or "output" that the caller's hooks changed, "weights"; and
+            "buffers" that the call has changed.
         strays: Rows of the output that the gradient reached, though they are not that sample's.
         differentiated: Whether the forward pass itself took a gradient through the call.
     """
@@ -87,6 +88,7 @@ class _Call:
 
     path: str
     given: _State
+    buffers: _State
     taken: _State = field(default_factory=list)
     made: _State = field(default_factory=list)
 
@@ -115,7 +117,10 @@ class _Watch(TorchFunctionMode):
         for path, h in self.hooked.items():
             before, after = h.module.register_forward_pre_hook, h.module.register_forward_hook
             handles += [
-                before(lambda _, args, path=path: self.inside.append(_Call(path, given=_state(args))), prepend=True),
+                before(
+                    lambda m, args, path=path: self.inside.append(_Call(path, _state(args), _state(list(m.buffers())))),
+                    prepend=True,
+                ),
                 before(lambda _, args: setattr(self.inside[-1], "taken", _state(args))),
                 after(lambda _, __, output: setattr(self.inside[-1], "made", _state(output)), prepend=True),
                 after(self._left, with_kwargs=True, always_call=True),
@@ -133,6 +138,7 @@ class _Watch(TorchFunctionMode):
         pairs: dict[str, tuple[object, object]] = {
             "input": (call.given, call.taken),
             "output": (call.made, _state(output)),
+            "buffers": (call.buffers, _state(list(module.buffers()))),
             "weights": (covered, self.hooked[call.path].covered()),  # torch.func.functional_call swaps them
         }
         if torch.is_grad_enabled():  # libraries look away where it is not
@@ -222,25 +228,31 @@ def _only(sample: int, outputs: Tensor) -> Tensor:
     return grad
 
 
-def some(inputs: Batch) -> list[Batch]:
+def some(inputs: Batch, sizes: tuple[int, int] = SIZES) -> list[Batch]:
     """Return small batches that show what a model does with its samples: one, and a few, in order and backwards.
 
     Backwards too, because a model that sorts its samples leaves one of the two as it is. One sample alone has no order.
     """
     if size(inputs) == 1:
         return [inputs]
-    few = take(inputs, torch.arange(BACKWARDS) % size(inputs))
+    few = take(inputs, spread(size(inputs), max(sizes)))
     if all(torch.equal(t, t[:1].expand_as(t)) for t in tensors(few)):
         few = apply(_unequal, few)  # equal samples show no order
-    return [take(few, slice(0, 1)), take(few, slice(0, FORWARDS)), apply(lambda t: t.flip(0), few)]
+    forwards, backwards = sizes
+    return [take(few, slice(0, 1)), take(few, slice(0, forwards)), apply(lambda t: t.flip(0)[:backwards], few)]
 
 
-def some_targets(targets: Tensor) -> list[Tensor]:
+def some_targets(targets: Tensor, sizes: tuple[int, int] = SIZES) -> list[Tensor]:
     """Return the targets of the batches that `some` returns."""
     if len(targets) == 1:
         return [targets]
-    few = targets[torch.arange(BACKWARDS) % len(targets)]
-    return [few[:1], few[:FORWARDS], few.flip(0)]
+    few = targets[spread(len(targets), max(sizes))]
+    return [few[:1], few[: sizes[0]], few.flip(0)[: sizes[1]]]
+
+
+def spread(n: int, most: int) -> Tensor:
+    """Return which of N samples are looked at, from the first to the last; a sample again where there are too few."""
+    return torch.arange(most) * (n - 1) // (most - 1) if n > most else torch.arange(most) % n
 
 
 def _unequal(samples: Tensor) -> Tensor:

@@ -21,15 +21,17 @@ from backends.base import (
     Positive,
     TensorFn,
     Unsupported,
+    check_max_norm,
     clip_factors,
     own_copy,
     register,
     trainable,
 )
-from backends.batch import Batch, call
-from backends.module_calls import verify_gram, watcher
+from backends.batch import Batch, call, detached
+from backends.module_calls import watcher
 from backends.probe import Hooked
 from backends.running import batch_gradient, culprit, first_sentence, library_call
+from backends.verify import refuse_nonlinear, verify_gram, verify_rows
 
 T = TypeVar("T")
 
@@ -53,6 +55,7 @@ class TorchJD(Backend):
         parameters = trainable(model)
 
         def fn(inputs: Batch, targets: Tensor) -> Named:
+            inputs, targets = detached(inputs), detached(targets)
             with library_call(original, model, loss_fn, inputs, targets):
                 losses = loss_fn(call(model, inputs), targets)
                 rows = jac(losses, list(parameters.values()), parallel_chunk_size=self.parallel_chunk_size)
@@ -70,16 +73,17 @@ class TorchJD(Backend):
 
     def clipped_sum(self, model: nn.Module, loss_fn: LossFn, *, max_norm: Positive = 1.0) -> GradsFn:
         """Build as for `gram`; the losses, weighted by the clip factors, are sent back once more."""
+        check_max_norm(max_norm)
 
         def weighted(gram: Tensor, losses: Tensor, parameters: Named) -> Named:
             factors = clip_factors(gram.diagonal().sqrt(), max_norm).to(losses.dtype)
             rows = torch.autograd.grad(losses, list(parameters.values()), factors, materialize_grads=True)
             return {name: row.to_dense() for name, row in zip(parameters, rows, strict=True)}
 
-        return self._with_gram(model, loss_fn, weighted)
+        return self._with_gram(model, loss_fn, weighted, weights=True)
 
     def _with_gram(
-        self, model: nn.Module, loss_fn: LossFn, then: Callable[[Tensor, Tensor, Named], T]
+        self, model: nn.Module, loss_fn: LossFn, then: Callable[[Tensor, Tensor, Named], T], weights: bool = False
     ) -> Callable[[Batch, Tensor], T]:
         """Build the function that returns what `then` makes of Gram matrix [N, N], losses [N] and parameters."""
         from torchjd.autogram import Engine
@@ -95,6 +99,7 @@ class TorchJD(Backend):
 
         def fn(inputs: Batch, targets: Tensor) -> T:
             nonlocal engine
+            inputs, targets = detached(inputs), detached(targets)
             with watching(inputs) as new:
                 with library_call(plain, model, loss_fn, inputs, targets):
                     try:
@@ -105,6 +110,9 @@ class TorchJD(Backend):
                     gram = engine.compute_gramian(losses)
                     result = then(gram, losses, parameters)
                 if new:
+                    if weights:
+                        refuse_nonlinear("TorchJD", plain, loss_fn, inputs, targets)
+                    verify_rows("TorchJD", gram.diagonal().sqrt(), plain, loss_fn, inputs, targets)
                     verify_gram("TorchJD", gram, batch_gradient(plain, loss_fn, inputs, targets))
             return result
 

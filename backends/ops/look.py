@@ -22,13 +22,14 @@ from backends.ops.footprint import Footprint, pairs, saved
 from backends.ops.persample import PerSample
 from backends.ops.places import Layout
 from backends.ops.questions import Questions
+from backends.precision import rounding
 from backends.probe import some, some_targets
 from backends.running import kept_buffers
 
 if TYPE_CHECKING:
     from backends.ops.passes import Passes, Way
 
-SPREAD = 4  # samples of the batch that are looked at, from the first to the last
+SIZES = 3, 4  # samples of the batch that are looked at, in order and backwards
 
 COARSE = 2.0**-10
 """`finfo.eps` of float16; bfloat16's is larger."""
@@ -108,11 +109,7 @@ def _footprint(passes: "Passes", batch: Sample, right: Sequence[_Candidate]) -> 
 
 
 def _few(inputs: Batch, targets: Tensor) -> list[Sample]:
-    n = size(inputs)
-    if n > SPREAD:
-        spread = torch.arange(SPREAD, device=targets.device) * (n - 1) // (SPREAD - 1)
-        inputs, targets = apply(lambda t: t[spread.to(t.device)], inputs), targets[spread]
-    return list(zip(some(inputs), some_targets(targets), strict=True))[-2:]
+    return list(zip(some(inputs, SIZES), some_targets(targets, SIZES), strict=True))[-2:]
 
 
 def _run(passes: "Passes", ways: Sequence["Way"], few: Sequence[Sample]) -> list[_Candidate]:
@@ -202,14 +199,6 @@ def _near(ours: Named, theirs: Named, slack: float = 1.0) -> bool:
     return bool((gaps <= share * norms + noise * norms.norm()).all()) or not bool(norms.isfinite().all())
 
 
-def rounding(like: Tensor) -> float:
-    """Return how far apart numbers near 1 are in the arithmetic of a tensor: its dtype's, or that of autocast."""
-    device, dtype = like.device.type, like.dtype
-    if dtype != torch.float64 and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    return torch.finfo(dtype).eps
-
-
 def _fingerprint(g: Tensor) -> tuple[float, ...]:
     flat = g.flatten().to(torch.promote_types(g.dtype, torch.float32))
     return tuple(torch.stack([flat.norm(), flat.sum(), flat[::3].sum()]).tolist())
@@ -217,7 +206,7 @@ def _fingerprint(g: Tensor) -> tuple[float, ...]:
 
 def _tells_apart(layout: Layout, prints: dict[str, list[tuple[float, ...]]], n: int) -> bool:
     """Return whether at each tap some parameter has a gradient of its own for each sample."""
-    once = min(n, SPREAD)  # a smaller batch is looked at with samples again
+    once = min(n, max(SIZES))  # a smaller batch is looked at with samples again
     different = {name: all(a != b for a, b in combinations(p[:once], 2)) for name, p in prints.items()}
     return all(any(different[name] for name in names) for names in layout.names)
 
