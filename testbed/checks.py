@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 from backends.base import Unsupported, describe, first_line, own_copy
 from backends.batch import Batch, call, take
-from backends.running import culprit, kept_buffers, kept_random_state
+from backends.running import batch_gradient, culprit, kept_buffers, kept_random_state
 from testbed.problems.base import Problem
+from testbed.samples import narrow
 
+FEW = 4  # samples whose gradients are added up
+SUMS = 1e-6  # relative to all gradients: rounding is far below
 TOLERANCE = 1e-9  # float64 kernels may sum a batch of another length in another order; coupling is far above it
 
 
@@ -20,7 +23,8 @@ def refuse_without_gradients(problem: Problem) -> None:
     """Refuse a problem whose samples have no gradients of their own.
 
     Raises:
-        Unsupported: The loss is not one number a sample, samples are coupled, or the model is random.
+        Unsupported: The loss is not one number a sample, or uses the model's parameters past what it is given; samples
+            are coupled; the model is random; or a sample has another gradient alone than in a batch.
     """
     model = own_copy(problem.model)  # refuses what cannot be copied, and BatchNorm in training mode with its name
     if any(p.is_complex() for p in model.parameters()):
@@ -41,12 +45,53 @@ def refuse_without_gradients(problem: Problem) -> None:
         raise Unsupported(f"the loss of sample {i} is {float(losses[i])}: there is nothing to compare")
     outputs = trace.take()
     with torch.enable_grad(), kept_buffers(model), kept_random_state(model):
-        if not wide.loss_fn(call(model, wide.inputs), wide.targets).requires_grad:
+        attached = wide.loss_fn(call(model, wide.inputs), wide.targets)
+        if not attached.requires_grad:
             raise Unsupported("the loss does not depend on the parameters: something in model or loss detaches it")
+    _refuse_past_the_model(problem.model, attached)
     trace.take()
     _refuse_random(wide, model, losses, outputs, trace)
     if n > 1:
         _refuse_coupled(wide, model, losses, outputs, trace)
+        _refuse_other_sums(wide)
+
+
+def _refuse_past_the_model(model: nn.Module, losses: Tensor) -> None:
+    """Refuse losses of a copy that depend on the original: a loss has closed over the model (a penalty, say)."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    waiting, seen = [losses.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if name := names.get(id(getattr(node, "variable", None))):
+            raise Unsupported(
+                f"the loss uses `{name}` of the model itself, not only the outputs that it is given: that gradient "
+                "would be missing; let the model return what the loss needs"
+            )
+        waiting += [following for following, _ in node.next_functions]
+
+
+def _refuse_other_sums(wide: Problem) -> None:
+    """Hold the gradients of a few samples, one by one, against that of their batch, which is their sum.
+
+    InstanceNorm on a CPU is such a case, of one sample and a gradient that is channels_last (torch 2.14).
+    """
+    few = narrow(wide, torch.arange(FEW) * (wide.n - 1) // (FEW - 1)) if wide.n > FEW else wide
+    alone = [
+        batch_gradient(wide.model, wide.loss_fn, take(few.inputs, i), take(few.targets, i))
+        for i in (slice(i, i + 1) for i in range(few.n))
+    ]
+    together = batch_gradient(wide.model, wide.loss_fn, few.inputs, few.targets)
+    gaps = {name: (g - torch.stack([one[name] for one in alone]).sum(0)).norm() for name, g in together.items()}
+    sizes = {name: torch.stack([one[name].norm() for one in alone]).sum() for name in together}
+    worst = max(gaps, key=lambda name: float(gaps[name]))
+    if gaps[worst] > SUMS * sum(sizes.values()):
+        raise Unsupported(
+            f"parameter `{worst}`: the gradients of {few.n} samples, one by one, add up to something else than that of "
+            f"their batch, by {float(gaps[worst] / sizes[worst]):.1g} of it: a backward pass depends on the batch"
+        )
 
 
 def _refuse_random(wide: Problem, model: nn.Module, losses: Tensor, outputs: "Outputs", trace: "_Trace") -> None:
