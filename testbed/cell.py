@@ -35,9 +35,12 @@ class Cell:
 
 
 def source_hash(backend: str) -> str:
-    """Return a hash of the file that the backend's class stands in."""
-    file = inspect.getsourcefile(backend_class(backend))
-    return hashlib.sha256(Path(file or "").read_bytes()).hexdigest()[:16] if file else "unknown"
+    """Return a hash of the file that the backend's class stands in; what was typed into an interpreter has none."""
+    try:
+        file = Path(inspect.getsourcefile(backend_class(backend)) or "")
+        return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    except (OSError, TypeError):
+        return "unknown"
 
 
 def identity(

@@ -35,6 +35,7 @@ class Difference:
         quantity: Of what, since it says what a row is.
         sizes: Numbers that a factor may be one over, with what they are: {"the batch size": 64}.
         others: Wrong results that are often meant instead, by what they are: {"the unclipped sum": rows}.
+        dtype: The result's: numbers of a format are no explanation where all are.
     """
 
     g: Rows
@@ -42,6 +43,7 @@ class Difference:
     quantity: str
     sizes: Mapping[str, int] = field(default_factory=dict)
     others: Mapping[str, Rows] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float64
 
     @property
     def rows(self) -> int:
@@ -71,7 +73,7 @@ class Difference:
     def part(self, names: Sequence[str], rows: Tensor | slice = slice(None)) -> "Difference":
         """Return the difference in these parameters and rows."""
         g, t = ({k: some[k][rows] for k in names} for some in (self.g, self.t))
-        return Difference(g, t, self.quantity, self.sizes)
+        return Difference(g, t, self.quantity, self.sizes, dtype=self.dtype)
 
 
 Explanation = Callable[[Difference], str | None]
@@ -95,7 +97,7 @@ def explain(
     """
     g, t = ({name: rows[name].double() for name in truth} for rows in (result, truth))
     wide = {what: {name: rows[name].double() for name in truth} for what, rows in (others or {}).items()}
-    return _explain(Difference(g, t, quantity, sizes or {}, wide))
+    return _explain(Difference(g, t, quantity, sizes or {}, wide, next(iter(result.values())).dtype))
 
 
 def explain_calls(results: Sequence[Rows], truth: Rows) -> str | None:
@@ -169,13 +171,14 @@ def _low_precision(d: Difference) -> str | None:
     """Explain errors that are spread evenly and as large as a short format's rounding."""
     g, t = d.flat
     error = float((g - t).norm() / t.norm()) if t.any() else torch.inf
-    for name, (dtype, u) in SHORT.items():
+    shorter = {name: (dtype, u) for name, (dtype, u) in SHORT.items() if dtype != d.dtype}
+    for name, (dtype, u) in shorter.items():
         if error < 8 * u and torch.equal(g.to(dtype).double(), g) and not torch.equal(t.to(dtype).double(), t):
             return f"{d.subject} is rounded to {name}: off by {error:.1g} of the norm"
     rows = (g - t).norm(dim=1) / t.norm(dim=1).clamp_min(torch.finfo(t.dtype).tiny)
     if float(rows.max()) > SCATTER * float(rows.median()):
         return None
-    for name, (_, u) in SHORT.items():
+    for name, (_, u) in shorter.items():
         if u / 3 < error < 12 * u:
             return f"noise of about {error:.1g} of the norm in {d.subject}, as arithmetic in {name} gives"
     return None
@@ -250,4 +253,6 @@ def _worst(d: Difference) -> str:
     name = max(errors, key=lambda k: float(errors[k].max()))
     row = int(errors[name].argmax())
     where = f"`{name}`, sample {row}" if d.quantity in PER_SAMPLE else f"`{name}`"
+    if not d.t[name][row].any():
+        return f"worst at {where}, which is not zero"
     return f"worst at {where}, off by {float(errors[name][row]):.2g} of its norm"

@@ -1,13 +1,16 @@
 """Was everything left as it was? A snapshot of the caller's model, batch and global state that tells, and puts back."""
 
+import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_internals
 
 from backends.batch import tensors
+from backends.precision import SWITCHES
 from testbed.problems.base import Problem
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -16,7 +19,10 @@ SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "gradient mode": (torch.is_grad_enabled, torch.set_grad_enabled),
     "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
     "number of threads": (torch.get_num_threads, torch.set_num_threads),
+    "deterministic mode": (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+    "precision of float32": (lambda: [s.fp32_precision for s in SWITCHES], lambda found: _set_precision(found)),
 }
+TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 class Snapshot:
@@ -29,7 +35,9 @@ class Snapshot:
         self._trainable = {name: p.requires_grad for name, p in model.named_parameters()}
         self._hooks = [dict(found) for found in self._hook_dicts()]
         self._modes = {path: m.training for path, m in model.named_modules()}
-        self._random = _random_state()
+        self._own = [set(vars(thing)) for thing in self._things()]
+        self._on_tensors = [_hooks_of(p) for p in model.parameters()]
+        self._random, self._others = _random_state(), _other_random_states()
         self._settings = {name: read() for name, (read, _) in SETTINGS.items()}
 
     @classmethod
@@ -56,6 +64,13 @@ class Snapshot:
         for path, module in self.model.named_modules():
             if module.training != self._modes[path]:
                 return f"train/eval mode of `{path or 'model'}`"
+        if [_hooks_of(p) for p in self.model.parameters()] != self._on_tensors:
+            return "hooks of the parameters"
+        for thing, own in zip(self._things(), self._own, strict=True):
+            if new := set(vars(thing)) ^ own:
+                return f"the attribute `{sorted(new)[0]}` of a parameter or module"
+        if _other_random_states() != self._others:
+            return "the random state of Python or NumPy"
         if any(not torch.equal(a, b) for a, b in zip(_random_state(), self._random, strict=True)):
             return "the global random state"
         changed = [name for name, (read, _) in SETTINGS.items() if read() != self._settings[name]]
@@ -77,6 +92,16 @@ class Snapshot:
             p.grad = self._grads.get(name)
         for path, module in self.model.named_modules():
             module.training = self._modes.get(path, module.training)
+        for p, hooks in zip(self.model.parameters(), self._on_tensors, strict=True):
+            for kind, earlier in zip(TENSOR_HOOKS, hooks, strict=True):
+                if (now := getattr(p, kind)) is not None:
+                    now.clear()
+                    now.update(earlier)
+        for thing, own in zip(self._things(), self._own, strict=True):
+            for name in set(vars(thing)) - own:
+                del vars(thing)[name]
+        random.setstate(self._others[0])
+        np.random.set_state(self._others[1])
         torch.set_rng_state(self._random[0])
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.set_rng_state_all(self._random[1:])
@@ -84,9 +109,27 @@ class Snapshot:
     def _tensors(self) -> dict[str, Tensor]:
         return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers()), **self.batch}
 
+    def _things(self) -> list[object]:
+        return [*self.model.parameters(), *self.model.modules()]
+
     def _hook_dicts(self) -> list[dict[int, Any]]:
         of_all = [getattr(module_internals, kind) for kind in GLOBAL_HOOKS]
         return [*(getattr(module, kind) for module in self.model.modules() for kind in HOOKS), *of_all]
+
+
+def _hooks_of(p: nn.Parameter) -> list[dict[int, Any]]:
+    return [dict(getattr(p, kind) or {}) for kind in TENSOR_HOOKS]
+
+
+def _set_precision(found: list[str]) -> None:
+    for switch, was in zip(SWITCHES, found, strict=True):
+        if switch.fp32_precision != was:
+            switch.fp32_precision = was
+
+
+def _other_random_states() -> tuple[Any, Any]:
+    name, numbers, *others = np.random.get_state()
+    return random.getstate(), (name, tuple(numbers), *others)
 
 
 def _known(t: Tensor) -> Tensor:

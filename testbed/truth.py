@@ -199,6 +199,14 @@ class Truth:
         return draw
 
 
+def telling_max_norm(norms: Tensor) -> float:
+    """Return a norm just above the smallest: one sample is not clipped, which shows a wrong scale.
+
+    The others are, which shows a wrong norm.
+    """
+    return 1.01 * float(norms[norms > 0].min()) if (norms > 0).any() else 1.0
+
+
 def _roundoff(problem: Problem, autocast: str | None) -> float | None:
     """Return the unit roundoff of the arithmetic where it is coarser than the dtype's; None where it is not."""
     if problem.dtype != torch.float32:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from backends import backend_class, get_backend, reference
 from backends.base import Backend, Unsupported, first_line, own_copy, trainable
-from backends.batch import Batch, apply, call, tensors
+from backends.batch import Batch, apply, call, take, tensors
 from backends.heap import keep_freed
 from testbed import memory, timing
 from testbed.agreement import Rule, as_rows, norms
@@ -28,6 +28,7 @@ from testbed.outcome import Broken, Outcome, listening
 from testbed.problems import Problem
 from testbed.processes.store import Store
 from testbed.referee import Referee
+from testbed.truth import Truth, telling_max_norm
 
 ORDINARY = "ordinary step"
 QUIET = 0.01  # seconds before a call on a CPU: threads of the process that has just been timed go on spinning
@@ -60,6 +61,7 @@ class Worker:
         self.referee = Referee(problem, quantity, quantity_options, rule, store=store)
         self._under_autocast: dict[str, Referee] = {}
         self.recompiles: Counter[str] = Counter()
+        self.draws: Counter[str] = Counter()  # of samples for timed calls, by name
         self.snapshots = [Snapshot.of(problem), Snapshot.of(self.referee.truth.few)]
         self.functions: dict[str, Fn] = {ORDINARY: ordinary_step(problem)}
         self.seconds: dict[str, float] = {}  # of each function's last timed call
@@ -109,6 +111,7 @@ class Worker:
                     time.sleep(QUIET)
                 if self.seconds.get(name, 0.0) < SHORT:
                     fn(*self.timed)
+                self._redraw(name)
                 sample = timing.time_once(lambda: fn(*self.timed), self.problem.device)
                 self.seconds[name] = sample.seconds
                 return sample
@@ -126,7 +129,7 @@ class Worker:
                 backend_class(cell.backend).release()
                 outcome.memory = memory.peak(lambda: fn(p.inputs, p.targets), p.device)
                 kept = fn(p.inputs, p.targets)
-                before = self._norms(kept)
+                before = self._digest(kept)
                 fresh = self._in_place(p.fresh_inputs, p.fresh_targets)
                 again = self._referee_of(cell).precision(fn(*fresh), lambda: fn(*fresh), fresh=True)
                 outcome.take("again", again)
@@ -135,9 +138,9 @@ class Worker:
                     outcome.phases["recompiles"] = recompiled
                 if outcome.status != "ok":
                     outcome.diagnosis = outcome.reason = f"after timing, on fresh data: {outcome.diagnosis}"
-                elif self._reused(cell, kept, before):
+                elif self._reused(cell, kept, before, lambda: fn(*fresh)):
                     raise Broken("an earlier result changed when the function was called again: it reuses a buffer")
-                elif self._is_stale(fn, before):
+                elif self._is_stale(fn):
                     raise Broken("in-place updates of the model's parameters are not seen by later calls")
                 if choices := get_backend(cell.backend, **cell.options).choices():
                     outcome.phases["choices"] = dict(choices)
@@ -148,11 +151,12 @@ class Worker:
         self._let_go()
         return outcome
 
-    def _reused(self, cell: Cell, kept: Any, before: Tensor) -> bool:  # noqa: ANN401  a result
+    def _reused(self, cell: Cell, kept: Any, before: Tensor, more: Callable[[], object]) -> bool:  # noqa: ANN401  a result
         """Return whether an earlier result has changed, of a backend that has not said that it will."""
         if not get_backend(cell.backend, **cell.options).keeps_results:
             return False
-        return not torch.equal(self._norms(kept), before)
+        more()  # it may have two buffers
+        return not torch.equal(self._digest(kept), before)
 
     def _let_go(self) -> None:
         """Give memory back that only the check has needed: others run on the same device."""
@@ -161,6 +165,15 @@ class Worker:
         if self.referee.truth.store is not None and self.problem.device.type == "cuda":
             with suppress(RuntimeError):  # after an illegal access every call fails; the cell has said so already
                 torch.cuda.empty_cache()
+
+    def _redraw(self, name: str) -> None:
+        """Let the next call see samples of the batch drawn anew: one that keeps results for the data it knows is slow.
+
+        All that are timed in a round see the same ones.
+        """
+        p, self.draws[name] = self.problem, self.draws[name] + 1
+        drawn = torch.randint(p.n, (p.n,), generator=torch.Generator().manual_seed(self.draws[name])).to(p.device)
+        self._in_place(take(p.inputs, drawn), p.targets[drawn])
 
     def _in_place(self, inputs: Batch, targets: Tensor) -> tuple[Batch, Tensor]:
         """Return data written into the very tensors that were timed: results that are kept for a tensor then show."""
@@ -171,9 +184,10 @@ class Worker:
             t.copy_(s)
         return self.timed
 
-    def _is_stale(self, fn: Fn, before: Tensor) -> bool:
+    def _is_stale(self, fn: Fn) -> bool:
         """Return whether results stay the same when the parameters move, though the reference's do not."""
         p = self.problem
+        before = self._norms(fn(p.inputs, p.targets))
         reference_fn = getattr(get_backend(reference()), self.quantity)(p.model, p.loss_fn, **self.options)
         with torch.no_grad():
             for parameter in p.model.parameters():
@@ -187,6 +201,12 @@ class Worker:
     def _norms(self, result: Any) -> Tensor:  # noqa: ANN401  a result
         """Return what tells results apart; NaN equals itself here."""
         return norms(as_rows(result, self.quantity)).nan_to_num()
+
+    def _digest(self, result: Any) -> Tensor:  # noqa: ANN401  a result
+        """Return what changes with a result: norms, and sums, which know signs."""
+        rows = as_rows(result, self.quantity)
+        sums = [t.sum(1, keepdim=True, dtype=torch.float64) for t in rows.values()]
+        return torch.cat([norms(rows), *sums], 1).nan_to_num()
 
     def bounds(self) -> dict[str, Any]:
         """Measure the ordinary step's memory and the quantity's physical limit on this device, as plain data."""
@@ -212,6 +232,21 @@ class Worker:
             outcome.agreement["no_float64"] = first_line(refusal)
             return
         outcome.take("same_function", self.referee.same_function(result, lambda: fn(few.inputs, few.targets)))
+        if self.quantity == "clipped_sum" and outcome.status == "ok":
+            self._ask_with_some_clipped(backend, outcome)
+
+    def _ask_with_some_clipped(self, backend: Backend, outcome: Outcome) -> None:
+        """Ask question 1 with a norm that clips some samples: where all are clipped, or none, much else is the same."""
+        p, store = self.problem, self.referee.truth.store
+        found = Truth(p, "norms", {}, store=store).exact_of_few()
+        options = {**self.options, "max_norm": telling_max_norm(cast(Tensor, found))}
+        some = Referee(p, self.quantity, options, self.rule, store=store)
+        few = some.truth.few
+        fn = backend.clipped_sum(few.model, few.loss_fn, **options)
+        finding = some.same_function(fn(few.inputs, few.targets), lambda: fn(few.inputs, few.targets))
+        if finding.status != "ok":
+            what = f"where max_norm={options['max_norm']:.4g} clips some of the samples: {finding.diagnosis}"
+            outcome.take("same_function", replace(finding, diagnosis=what))
 
     def _ask_precision(self, cell: Cell, backend: Backend, outcome: Outcome) -> None:
         p = self.problem

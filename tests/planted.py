@@ -1,6 +1,7 @@
 """Backends that are wrong on purpose; every one of them must fail a run. Given to the command line with `--plugin`."""
 
 import copy
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from backends import get_backend
-from backends.base import Backend, GradsFn, LossFn, Named, register
+from backends.base import Backend, GradsFn, LossFn, Named, Positive, norms_of, register
 from backends.batch import Batch
+from backends.derived import weighted_sum
 from backends.execution import compiled
 
 Spoil = Callable[[Named], Any]
@@ -183,15 +185,69 @@ def _alias(call: int, model: nn.Module, inputs: Any, right: Callable[[], Named])
     return found
 
 
+OLD: list[list[Tensor]] = []
+
+
+def _negates_the_last(call: int, model: nn.Module, inputs: Any, right: Callable[[], Named]) -> Named:
+    for g in OLD.pop() if OLD else []:
+        g.neg_()
+    found = right()
+    OLD.append([g for g in found.values() if g.dtype == torch.float32])
+    return found
+
+
+def _two_buffers(call: int, model: nn.Module, inputs: Any, right: Callable[[], Named]) -> Named:
+    found = right()
+    for name, g in found.items():
+        place = f"{name} {g.shape} {g.dtype} {call % 2}"
+        BUFFER[place] = found[name] = g.clone() if place not in BUFFER else BUFFER[place].copy_(g)
+    return found
+
+
 Calls.plant("memo", _memo)
+Calls.plant("negates_the_last", _negates_the_last)
+Calls.plant("two_buffers", _two_buffers)
 Calls.plant("alias", _alias)
 Calls.plant("lazy", lambda n, model, x, right: Lazy(right))
 Calls.plant("late_weights", lambda n, m, x, right: _then(right(), n == 3 and next(m.parameters()).data.mul_(1.5)))
 Calls.plant("inputs", lambda n, m, x, right: _then(right(), x.mul_(1.01)))
 Calls.plant("hook", lambda n, m, x, right: _then(right(), m.register_forward_hook(lambda *_: None)))
+Calls.plant("weight_hook", lambda n, m, x, right: _then(right(), next(m.parameters()).register_hook(torch.neg)))
+Calls.plant("attribute", lambda n, m, x, right: _then(right(), setattr(next(m.parameters()), "grad_sample", 1)))
+Calls.plant("seed", lambda n, m, x, right: _then(right(), random.seed(n)))
+Calls.plant("deterministic", lambda n, m, x, right: _then(right(), torch.use_deterministic_algorithms(True)))
+Calls.plant("coarse", lambda n, m, x, right: _then(right(), torch.set_float32_matmul_precision("medium")))
 Calls.plant("gradients_off", lambda n, m, x, right: _then(right(), torch.set_grad_enabled(False)))
 Calls.plant("threads", lambda n, m, x, right: _then(right(), torch.set_num_threads(torch.get_num_threads() + 1)))
 Calls.plant("exit", lambda n, m, x, right: exit("bye"))
+
+
+@register("planted_always_scaled")
+@dataclass(frozen=True)
+class AlwaysScaled(Backend):
+    """Scales gradients to the clipping norm, also those that are shorter."""
+
+    def grads(self, model: nn.Module, loss_fn: LossFn) -> GradsFn:
+        return get_backend("vmap").grads(model, loss_fn)
+
+    def clipped_sum(self, model: nn.Module, loss_fn: LossFn, *, max_norm: Positive = 1.0) -> GradsFn:
+        grads = self.grads(model, loss_fn)
+
+        def fn(inputs: Batch, targets: Tensor) -> Named:
+            found = grads(inputs, targets)
+            return {name: weighted_sum(max_norm / norms_of(found), g) for name, g in found.items()}
+
+        return fn
+
+
+@register("planted_never_clipped")
+@dataclass(frozen=True)
+class NeverClipped(AlwaysScaled):
+    """Sums gradients as they are."""
+
+    def clipped_sum(self, model: nn.Module, loss_fn: LossFn, *, max_norm: Positive = 1.0) -> GradsFn:
+        grads = self.grads(model, loss_fn)
+        return lambda inputs, targets: {name: g.sum(0) for name, g in grads(inputs, targets).items()}
 
 
 @register("planted_stale")

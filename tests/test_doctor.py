@@ -56,7 +56,6 @@ def quiet(**changes: Any) -> Load:
 BAD = {
     "governor": ({f"{CPU}/cpu*/cpufreq/scaling_governor": "powersave performance"}, {}, "CPU governor", "cpupower"),
     "load": ({}, {"load": quiet(busy=0.6, busiest=(("make", 4.0),))}, "other load", "stop them"),
-    "load average": ({}, {"load": quiet(average=7.0)}, "other load", "stop them"),
     "stolen": ({}, {"load": quiet(stolen=0.05)}, "stolen time", "of its own"),
     "threads": ({}, {"processors": (2, 8, 8)}, "threads", "OMP_NUM_THREADS=2"),
     "quota": ({"/sys/fs/cgroup/cpu.max": "150000 100000"}, {}, "CPU limit", "OMP_NUM_THREADS=1"),
@@ -87,6 +86,7 @@ CARE = {
         "CPU limit",
     ),
     "slowed down": ({f"{CPU}/cpu*/thermal_throttle/core_throttle_count": "0 3"}, {}, "heat"),
+    "load average": ({}, {"load": quiet(average=7.0)}, "other load"),
     "nodes": ({"/sys/devices/system/node/node*/cpulist": "0-3 4-7"}, {}, "NUMA"),
     "virtual machine": ({"/proc/cpuinfo": "model name : x\nflags : fpu hypervisor"}, {}, "virtual machine"),
     "swap": ({}, {"load": quiet(swap=(5 * 10**8, 10**9))}, "swap"),

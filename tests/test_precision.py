@@ -23,8 +23,10 @@ def _switches_are_set_back() -> Iterator[None]:
         switch.fp32_precision = "none"  # type: ignore[attr-defined]
     torch.set_float32_matmul_precision(words)  # CPU products too
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = older
-    for switch in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
-        switch.fp32_precision = "none"
+    torch.backends.mkldnn.matmul.fp32_precision = "none"
+    for switch, was in zip(precision.SWITCHES, before, strict=False):
+        if switch.fp32_precision != was:
+            switch.fp32_precision = was
     assert state() == before
 
 

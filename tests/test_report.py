@@ -67,6 +67,14 @@ def test_a_limit_that_the_step_beats_is_none(peak: float, said: bool) -> None:
     assert ("• The limit is none here: something slowed the device down" in found) == said
 
 
+@pytest.mark.parametrize(("share", "said"), [(0.5, True), (0.9, False), (2.0, False)])
+def test_what_is_faster_than_the_limit_is_questioned(share: float, said: bool) -> None:
+    made = record("naive", 3)
+    limit = {"flops": 0, "peak_flops": 1.0, "seconds": made.timing["median_s"] / share, "bytes": 1, "bandwidth": 1e9}
+    found = text(replace(made, timing={**made.timing, "limit": limit}))
+    assert ("• naive: less time than the limit allows" in found) == said
+
+
 def test_a_graphs_memory_is_not_in_its_peak() -> None:
     said = "• vmap(cuda_graph=True): peak leaves out what a CUDA graph holds from call to call"
     assert said in text(on_gpu("naive", 3, 0.5), on_gpu("vmap", 2, 0.1, cuda_graph=True))

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ import testbed
 from backends import available, backend_class, load_plugin
 from testbed import group, runner
 from testbed.__main__ import main
+from testbed.agreement import Calibrated
+from testbed.problems import make_problem
 from testbed.processes.hosts import InProcess
 from testbed.records import Record, read_records
+from testbed.worker import Worker
 from tests.cases import Functional, cross_entropy, mlp
 from tests.conftest import kept_registries
 
@@ -40,6 +44,13 @@ WRONG = {
     "late_weights": "the backend changed what is the caller's: the values of `1.weight`",
     "inputs": "the backend changed what is the caller's: the values of `input 0`",
     "hook": "the backend changed what is the caller's: hooks",
+    "negates_the_last": "it reuses a buffer",
+    "two_buffers": "it reuses a buffer",
+    "weight_hook": "the backend changed what is the caller's: hooks of the parameters",
+    "attribute": "the backend changed what is the caller's: the attribute `grad_sample`",
+    "seed": "the backend changed what is the caller's: the random state of Python or NumPy",
+    "deterministic": "the backend changed what is the caller's: PyTorch's deterministic mode",
+    "coarse": "the backend changed what is the caller's: PyTorch's precision of float32",
     "gradients_off": "the backend changed what is the caller's: PyTorch's gradient mode",
     "threads": "the backend changed what is the caller's: PyTorch's number of threads",
     "stale": "in-place updates of the model's parameters are not seen",
@@ -99,6 +110,34 @@ def test_a_batch_larger_than_question_1_takes_is_explained_by_its_own_size(tmp_p
     assert wrong.diagnosis.startswith("every gradient is 1/64 of the truth")
 
 
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(
+    ("name", "max_norm", "words"),
+    [("always_scaled", 1e-3, "small ones too"), ("never_clipped", 1e3, "the result is the unclipped sum")],
+)
+def test_a_norm_that_clips_all_or_nothing_hides_no_error(
+    name: str, max_norm: float, words: str, tmp_path: Path
+) -> None:
+    quantities = f"\nquantities: [{{clipped_sum: {{max_norm: {max_norm}}}}}]"
+    code, records = run(tmp_path, f"planted_{name}, vmap]{quantities}\n#")
+    assert (records["vmap"].status, code) == ("ok", 1)
+    assert records[name].diagnosis.startswith("where max_norm=")
+    assert words in records[name].diagnosis
+
+
+def test_every_timed_call_sees_other_samples() -> None:
+    """A backend that keeps what it has computed of a batch would else be timed at looking it up."""
+    problem = make_problem("mlp", "random", "cross_entropy", batch_size=6)
+    worker, seen = Worker(problem, "grads", {}, Calibrated()), []
+    worker.functions["mine"] = lambda inputs, targets: seen.append((inputs.clone(), targets.clone()))
+    for _ in range(4):
+        worker.time("mine")
+    drawn = [inputs for inputs, _ in seen[1::2]]  # a short call has one before it
+    assert not any(torch.equal(a, b) for a, b in pairwise(drawn))
+    known = {(tuple(x.flatten().tolist()), int(t)) for x, t in zip(problem.inputs, problem.targets, strict=True)}
+    assert all((tuple(x.flatten().tolist()), int(t)) in known for call in seen for x, t in zip(*call, strict=True))
+
+
 def test_a_backend_that_exits_is_an_error_of_its_own(tmp_path: Path) -> None:
     code, records = run(tmp_path, "vmap, planted_exit")
     assert (records["exit"].status, records["vmap"].status, code) == ("error", "ok", 3)
@@ -116,6 +155,18 @@ def test_a_right_backend_beside_wrong_ones_stays_right(all_wrong: Any) -> None:
 def test_each_planted_error_alone_ends_with_exit_1(name: str, tmp_path: Path) -> None:
     code, _ = run(tmp_path, f"planted_{name}")
     assert code == 1
+
+
+class Averaged(torch.autograd.Function):
+    """Sends the mean of losses back, as if the loss were it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
+        return g / len(g)
 
 
 def compare(model: nn.Module | None = None, **options: Any) -> testbed.Report:
@@ -203,8 +254,12 @@ class TestCompare:
             (nn.Sequential(nn.Linear(5, 2), nn.RReLU()), "`1` (RReLU) is random"),
             (nn.Sequential(nn.Linear(5, 2), nn.Softmax(dim=0)), "`1` (Softmax) mixes the samples of a batch"),
             (nn.Linear(4, 2), "model, loss and batch do not fit together"),
+            (
+                Functional(lambda s, x: Averaged.apply(s.a(x)), a=nn.Linear(5, 2)),
+                "a backward pass depends on the batch",
+            ),
         ],
-        ids=["BatchNorm", "functional dropout", "RReLU", "softmax over the batch", "wrong shape"],
+        ids=["BatchNorm", "functional dropout", "RReLU", "softmax over the batch", "wrong shape", "backward pass"],
     )
     def test_problem_without_gradients_is_refused_for_every_backend(self, model: nn.Module, reason: str) -> None:
         records = compare(model).records
@@ -214,6 +269,17 @@ class TestCompare:
     def test_loss_that_is_reduced_says_how_to_mend_it(self) -> None:
         report = testbed.compare(mlp(), nn.CrossEntropyLoss(), torch.ones(4, 5), torch.zeros(4, dtype=torch.long))
         assert all("use reduction='none'" in r.reason for r in report.records)
+
+    def test_loss_that_uses_the_model_itself_is_refused(self) -> None:
+        model = mlp()
+
+        def penalised(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return cross_entropy(outputs, targets) + model[-1].bias.square().sum()
+
+        torch.manual_seed(0)
+        records = testbed.compare(model, penalised, torch.randn(6, 5), torch.randint(2, (6,))).records
+        last = len(model) - 1
+        assert all(f"the loss uses `{last}.bias` of the model itself" in r.reason for r in records)
 
     def test_loss_that_couples_samples_is_refused(self) -> None:
         def coupled(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -256,6 +322,17 @@ class TestCompare:
         assert {r.reason for r in report.records} == {
             "the problem: the loss of sample 0 is nan: there is nothing to compare"
         }
+
+    @pytest.mark.parametrize("error", [OSError("no source"), TypeError("a built-in class")])
+    def test_a_backend_typed_into_an_interpreter_has_no_source(
+        self, error: Exception, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fails(thing: object) -> str:
+            raise error
+
+        monkeypatch.setattr("testbed.cell.inspect.getsourcefile", fails)
+        (record,) = compare(backends="naive", quantities="norms").records
+        assert (record.status, record.environment["backend_source"]) == ("ok", "unknown")
 
     def test_a_string_is_one_name(self) -> None:
         assert [r.backend for r in compare(backends="vmap", quantities="norms").records] == ["vmap"]

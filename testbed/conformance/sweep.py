@@ -33,6 +33,7 @@ from testbed.problems import Problem
 from testbed.progress import Progress, Silent
 from testbed.records import SCHEMA, Record
 from testbed.referee import Referee
+from testbed.truth import telling_max_norm
 
 CPU = torch.device("cpu")
 RULE = Calibrated(draws=0)  # the cases are far from kinks in float64: nothing needs an excuse
@@ -205,15 +206,11 @@ class _Bench:
 
 
 def _quantity_options(quantity: str, problem: Problem) -> dict[str, Any]:
-    """Return the options under which a quantity shows the most of a case.
-
-    The clipping norm is just above the smallest norm: one sample is not clipped, which shows a wrong scale; the others
-    are, which shows a wrong norm.
-    """
+    """Return the options under which a quantity shows the most of a case."""
     if quantity != "clipped_sum":
         return {}
     norms = get_backend(reference()).norms(problem.model, problem.loss_fn)(problem.inputs, problem.targets)
-    return {"max_norm": 1.01 * float(norms[norms > 0].min())} if norms.any() else {}
+    return {"max_norm": telling_max_norm(norms)}
 
 
 @contextmanager

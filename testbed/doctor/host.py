@@ -58,7 +58,14 @@ def load(machine: Machine) -> Iterator[Finding]:
     found, (_, processors, _) = machine.load, machine.processors
     names = ", ".join(f"{name} ({100 * share:.0f} %)" for name, share in found.busiest)
     what = f"{100 * found.busy:.0f} % of the processors in use now, load average {found.average:.1f} on {processors}"
-    if found.busy > BUSY or found.average > max(0.5, 0.25 * processors):
+    if found.busy <= BUSY and found.average > max(0.5, 0.25 * processors):
+        yield care(
+            "other load",
+            what,
+            "something took the processor until a moment ago, and may do so again",
+            "wait a minute, and ask again",
+        )
+    elif found.busy > BUSY:
         yield bad(
             "other load",
             what + (f": {names}" if names else ""),

@@ -13,6 +13,9 @@ WHY = {"rounds": "all asked for", "precision": "the ratios are narrow enough", "
 LAUNCH_BOUND = 0.9  # of the time spent in launching: the device waits for the host
 
 
+POSSIBLE = 0.8  # of the limit's time: what is below has not done what the limit is made of
+
+
 def notes(records: Sequence[Record]) -> list[str]:
     """Return the notes on the records of one problem and quantity."""
     on_results = [
@@ -30,6 +33,7 @@ def notes(records: Sequence[Record]) -> list[str]:
         _noise(records),
         *_disturbed(records),
         *_slow_ceilings(records),
+        *_too_fast(records),
     ]
     return [note for note in [_winner(records), *on_results, *on_times] if note]
 
@@ -145,6 +149,15 @@ def _slow_ceilings(records: Sequence[Record]) -> list[str]:
         if limit.get("flops", 0) > limit.get("peak_flops", float("inf")) * step.get("median_s", float("inf")):
             return ["The limit is none here: something slowed the device down while its ceilings were measured."]
     return []
+
+
+def _too_fast(records: Sequence[Record]) -> list[str]:
+    """Say what took less time than is possible: what is checked is right, and what is timed may be something else."""
+    limits = [(r, r.timing["limit"].get("seconds", 0)) for r in records if r.status == "ok" and r.timing.get("limit")]
+    found = [r.label for r, limit in limits if r.timing["median_s"] < POSSIBLE * limit]
+    if not found or _slow_ceilings(records):
+        return []
+    return [f"{', '.join(found)}: less time than the limit allows; does it compute all of this in every call?"]
 
 
 def _disturbed(records: Sequence[Record]) -> list[str]:
