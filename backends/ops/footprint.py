@@ -16,7 +16,10 @@ EXTRA = 4
 """A quarter of the pairs may be held besides: where they are few, other things are held when most of them are."""
 
 FREE = KEPT
-"""Bytes that may be held in any case: a process on a CPU keeps as much of what it has freed."""
+"""Bytes that may be held in any case: a process on a CPU keeps as much of what it has freed.
+
+With PyTorch it takes eight times as much from the start, so that its peak stays within the bound.
+"""
 
 
 class Footprint(NamedTuple):
