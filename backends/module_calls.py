@@ -19,6 +19,7 @@ from backends.batch import Batch, signature, size
 from backends.probe import Hooked, Use, some, uses
 from backends.rows import RowsOf, batch_first
 from backends.running import kept_random_state
+from backends.shortage import lack_of_memory
 from backends.verify import OFF
 
 Rule = Callable[[str, Use], str | None]
@@ -95,9 +96,11 @@ def _only_of_order(library: str, in_order: bool) -> Iterator[None]:
     """
     try:
         yield
-    except (Unsupported, torch.OutOfMemoryError):
+    except Unsupported:
         raise
     except Exception as error:
+        if lack_of_memory(error):
+            raise
         if in_order:
             raise Unsupported(f"{library} cannot be watched: `model` on a few samples: {first_line(error)}") from error
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from backends.base import LossFn, Named, Unsupported, describe, first_line, own_copy, trainable
 from backends.batch import Batch, call, size, take
 from backends.graphs import recording
+from backends.shortage import lack_of_memory
 
 
 @contextmanager
@@ -90,9 +91,11 @@ def library_call(
     try:
         with torch.enable_grad(), kept_buffers(used) if buffers else nullcontext(), kept_random_state(used):
             yield
-    except (Unsupported, torch.OutOfMemoryError):
+    except Unsupported:
         raise
     except Exception as error:
+        if lack_of_memory(error):
+            raise
         try:
             one = slice(0, 1)
             batch_gradient(original, loss_fn, take(inputs, one), take(targets, one))

@@ -1,6 +1,5 @@
 """What became of a cell: its status, and the reason that an exception, a finding or a warning gives for it."""
 
-import re
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -8,16 +7,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-
 from backends.base import Unavailable, Unsupported, first_line, first_line_of
+from backends.shortage import lack_of_memory
 from testbed.referee import Finding
-
-NO_MEMORY = re.compile(
-    "can't allocate memory|CUDA error: out of memory"
-    "|STATUS_ALLOC_FAILED"  # cuBLAS, cuDNN
-    "|could not execute a primitive"  # oneDNN says no more than that when its scratch memory cannot be had
-)
 
 
 @dataclass
@@ -67,18 +59,6 @@ def status_of(error: BaseException) -> tuple[str, str]:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     file = frame.filename.rsplit("/", 1)[-1]
     return "error", f"{type(error).__name__}: {first_line(error)} ({file}:{frame.lineno}, in {frame.name})"
-
-
-def lack_of_memory(error: BaseException | None) -> BaseException | None:
-    """Return the lack of memory that an exception is, or was raised from; None where there is none.
-
-    On a CPU PyTorch raises a RuntimeError like any other, which a backend may take for its library's refusal.
-    """
-    while error is not None:
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or NO_MEMORY.search(str(error)):
-            return error
-        error = error.__cause__
-    return None
 
 
 @contextmanager

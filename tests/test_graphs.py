@@ -10,7 +10,7 @@ from torch import Tensor
 
 from backends import graphs
 from backends.base import Unsupported
-from testbed.outcome import lack_of_memory
+from backends.shortage import lack_of_memory
 
 
 @pytest.mark.parametrize("kept", [True, False])

@@ -54,10 +54,13 @@ def test_parts_double_for_as_long_as_that_takes_no_longer(
     assert max(seen) - min(seen) <= 1
 
 
-def test_a_batch_that_is_too_large_for_memory_is_run_in_parts() -> None:
+@pytest.mark.parametrize(
+    "lack", [torch.OutOfMemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried …")]
+)
+def test_a_batch_that_is_too_large_for_memory_is_run_in_parts(lack: RuntimeError) -> None:
     def run(inputs: Batch, targets: Tensor) -> Tensor:
         if len(targets) > 20:
-            raise torch.OutOfMemoryError
+            raise lack
         return targets * 2
 
     parts = InParts(run, run, torch.cat, "doubling")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from backends import precision
 from backends.refusals import first_line
+from backends.shortage import lack_of_memory
 
 Way: TypeAlias = Callable[[], Tensor]
 
@@ -97,10 +98,9 @@ class _Kernel:
             gap, whole = (t.where(finite, 0).float().norm().item() for t in (found - right, right))
             if not gap <= eps**0.5 * whole:
                 self.failure = f"is off by {gap:.1e} where the norm is {whole:.1e}"
-        except torch.OutOfMemoryError:
-            self.failure = "needs more memory than there is to be compared"
         except Exception as error:
-            self.failure = f"does not run: {first_line(error)}"
+            short = "needs more memory than there is to be compared"
+            self.failure = short if lack_of_memory(error) else f"does not run: {first_line(error)}"
 
 
 def _ends(t: Tensor) -> Tensor:
@@ -159,9 +159,11 @@ def timed(way: Callable[[], object], like: Tensor) -> float:
     try:
         way()
         _wait(like)
-        return time.perf_counter() - start
-    except torch.OutOfMemoryError:
+    except Exception as error:
+        if not lack_of_memory(error):
+            raise
         return float("inf")
+    return time.perf_counter() - start
 
 
 def _wait(like: Tensor) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from backends.shortage import going_on_without_memory
+
 
 class Live(TorchDispatchMode):
     """A context; `peak` is how many bytes the tensors that ops returned in it have taken at a time.
@@ -58,7 +60,7 @@ def _memories(tree: object) -> list[torch.UntypedStorage]:
 def peak(call: Callable[[], object]) -> float:
     """Return how many bytes a call's tensors take at most; endless where it needs more than there is."""
     live, fits = Live(), False
-    with suppress(torch.OutOfMemoryError), live:
+    with going_on_without_memory(), live:
         call()
         fits = True
     return live.peak if fits else inf

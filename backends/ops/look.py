@@ -25,6 +25,7 @@ from backends.ops.questions import Questions
 from backends.precision import rounding
 from backends.probe import some, some_targets
 from backends.running import kept_buffers
+from backends.shortage import lack_of_memory
 
 if TYPE_CHECKING:
     from backends.ops.passes import Passes, Way
@@ -292,8 +293,6 @@ def going_on(there_is_more: bool = True) -> Iterator[None]:
     """Go on after the block when it fails, unless that is for want of memory, or there is nothing more to try."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # whatever a model's code may raise
-        if not there_is_more:
+    except Exception as error:  # whatever a model's code may raise
+        if lack_of_memory(error) or not there_is_more:
             raise

@@ -7,7 +7,6 @@ inputs is new.
 """
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from math import ceil, inf
@@ -22,6 +21,7 @@ from backends.ops.choice import CHOSEN, TRIES, capturing, timed
 from backends.ops.footprint import FREE
 from backends.ops.live import peak
 from backends.ops.look import going_on
+from backends.shortage import going_on_without_memory
 
 R = TypeVar("R")
 
@@ -88,7 +88,7 @@ class InParts(Generic[R]):
 
     def _taken(self, count: int, inputs: Batch, targets: Tensor) -> float:
         """Return how many bytes so many parts take at most."""
-        with suppress(torch.OutOfMemoryError):
+        with going_on_without_memory():
             self._in(count, *_copies(inputs, targets))  # new ways are tried now, and take memory of their own
         return peak(partial(self._in, count, *_copies(inputs, targets)))
 

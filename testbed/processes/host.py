@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
+from backends.shortage import lack_of_memory
 from testbed.agreement import Rule
 from testbed.attempt import Attempt, attempt
 from testbed.cell import Cell
 from testbed.checks import refuse_without_gradients
 from testbed.dropout import random_dropouts, with_masks
-from testbed.outcome import Outcome, lack_of_memory, status_of
+from testbed.outcome import Outcome, status_of
 from testbed.problems import Problem, ProblemError
 from testbed.processes.store import Store
 from testbed.timing import Sample
