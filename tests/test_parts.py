@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from backends import get_backend
-from backends.batch import Batch
+from backends.batch import Batch, signature
 from backends.ops.choice import CHOSEN
 from backends.ops.parts import InParts
 from tests.asserts import assert_close
@@ -66,6 +66,37 @@ def test_a_batch_that_is_too_large_for_memory_is_run_in_parts(lack: RuntimeError
     parts = InParts(run, run, torch.cat, "doubling")
     parts.choose(real(67, 5), real(67))
     assert_close(parts(real(67, 5), real(67)), real(67) * 2)
+
+
+def test_what_does_not_fit_later_is_run_in_more_parts() -> None:
+    most, seen = 100, []
+
+    def run(inputs: Batch, targets: Tensor) -> Tensor:
+        seen.append(len(targets))
+        if len(targets) > most:
+            raise RuntimeError("can't allocate memory")
+        return targets * 2
+
+    parts, inputs, targets = InParts(run, run, torch.cat, "shrinking"), real(67, 5), real(67)
+    parts.counts[(signature(inputs), signature(targets), 67)] = 1
+    most = 20
+    assert_close(parts(inputs, targets), targets * 2)
+    seen.clear()
+    assert_close(parts(inputs, targets), targets * 2)
+    assert max(seen) == 17  # and it is known from then on
+    most = 0
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        parts(inputs, targets)
+
+
+def test_inputs_that_have_been_changed_are_not_run_again() -> None:
+    def run(inputs: Tensor, targets: Tensor) -> Tensor:
+        inputs.add_(1)
+        raise RuntimeError("can't allocate memory")
+
+    parts = InParts(run, run, torch.cat, "changing")  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        parts(real(8, 5), real(8))
 
 
 def test_every_form_of_more_than_one_sample_is_looked_at_once() -> None:

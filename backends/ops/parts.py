@@ -6,6 +6,7 @@ need not be made again for a clipped sum. But each part pays for every op anew. 
 inputs is new.
 """
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,13 +16,15 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from backends.batch import Batch, apply, signature, size
+from backends.batch import Batch, apply, signature, size, tensors
 from backends.derived import chunks
+from backends.heap import give_back
 from backends.ops.choice import CHOSEN, TRIES, capturing, timed
 from backends.ops.footprint import FREE
 from backends.ops.live import peak
 from backends.ops.look import going_on
-from backends.shortage import going_on_without_memory
+from backends.ops.pages import release
+from backends.shortage import going_on_without_memory, lack_of_memory
 
 R = TypeVar("R")
 
@@ -52,8 +55,22 @@ class InParts(Generic[R]):
     counts: dict[object, int] = field(default_factory=dict)
 
     def __call__(self, inputs: Batch, targets: Tensor) -> R:
-        """Return the result."""
-        return self._in(self.counts.get(_form(inputs, targets), 1), inputs, targets)
+        """Return the result; what does not fit after all, as where memory is in pieces, is run in more parts."""
+        form, given = _form(inputs, targets), [*tensors(inputs), targets]
+        versions = [t._version for t in given]
+        while True:
+            count = self.counts.get(form, 1)
+            try:
+                return self._in(count, inputs, targets)
+            except Exception as error:
+                changed = [t._version for t in given] != versions
+                if not lack_of_memory(error) or count >= size(inputs) or changed or capturing(targets):
+                    raise
+            gc.collect()  # what a pass that failed has left
+            release()
+            give_back()
+            self.counts[form] = min(2 * count, size(inputs))
+            self._say(self.counts[form], size(inputs))
 
     def knows(self, inputs: Batch, targets: Tensor) -> bool:
         """Return whether it is known how many parts are best, or there is no choice."""
@@ -67,8 +84,12 @@ class InParts(Generic[R]):
             if not seconds[more] <= EQUAL * seconds[best]:
                 break
             best = more
+        release()  # memory of what has been tried, in sizes that may not come again
         self.counts[_form(inputs, targets)] = best
-        CHOSEN[f"{self.what} of {n} samples"] = "all at once" if best == 1 else f"in {best} parts"
+        self._say(best, n)
+
+    def _say(self, count: int, n: int) -> None:
+        CHOSEN[f"{self.what} of {n} samples"] = "all at once" if count == 1 else f"in {count} parts"
 
     def _least(self, inputs: Batch, targets: Tensor) -> tuple[int, float]:
         """Return how many parts there must be for memory's sake, and how many bytes may be taken."""
