@@ -8,8 +8,8 @@ from time import perf_counter
 from backends import backend_class, get_backend
 from testbed import timing
 from testbed.cell import Cell
+from testbed.ordinary import ordinary_step
 from testbed.problems import Problem
-from testbed.worker import ordinary_step
 
 
 @dataclass(frozen=True)

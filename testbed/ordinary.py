@@ -1,4 +1,7 @@
-"""What torch's own ops make of norms and of weighted losses: as many roundings as a training step has."""
+"""What training pays, and what torch's own ops make of norms and of weighted losses: as many roundings as it has."""
+
+from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -8,6 +11,8 @@ from backends.base import own_copy, trainable
 from backends.batch import Batch, call, take
 from backends.derived import wide
 from testbed.problems import Problem
+
+Step: TypeAlias = Callable[[Batch, Tensor], tuple[Tensor, ...]]
 
 
 def weighted_gradient(
@@ -43,3 +48,16 @@ def ordinary_norms(problem: Problem, batch: tuple[Batch, Tensor], autocast: str 
         ]
         found.append(torch.linalg.vector_norm(torch.stack(parts)))
     return torch.stack(found).to(problem.dtype)
+
+
+def ordinary_step(problem: Problem) -> Step:
+    """Return what plain training pays: the gradient of the batch's summed loss for every trainable parameter."""
+    model = own_copy(problem.model)
+    parameters = list(trainable(model).values())
+
+    def step(inputs: Batch, targets: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            loss = problem.loss_fn(call(model, inputs), targets).sum()
+        return torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    return step

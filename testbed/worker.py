@@ -16,14 +16,15 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from backends import backend_class, get_backend, reference
-from backends.base import Backend, Unsupported, first_line, own_copy, trainable
-from backends.batch import Batch, apply, call, take, tensors
+from backends.base import Backend, Unsupported, first_line
+from backends.batch import Batch, apply, take, tensors
 from backends.heap import keep_freed
 from testbed import memory, timing
 from testbed.agreement import Rule, as_rows, norms
 from testbed.cell import Cell
 from testbed.compiling import COMPILATIONS
 from testbed.integrity import Snapshot
+from testbed.ordinary import ordinary_step
 from testbed.outcome import Broken, Outcome, listening
 from testbed.problems import Problem
 from testbed.processes.store import Store
@@ -292,19 +293,6 @@ class Worker:
 def _compiles(cell: Cell) -> bool:
     """Return whether a cell's backend is asked to compile, by its options or by default."""
     return get_backend(cell.backend, **cell.options).compile
-
-
-def ordinary_step(problem: Problem) -> Fn:
-    """Return what plain training pays: the gradient of the batch's summed loss for every trainable parameter."""
-    model = own_copy(problem.model)
-    parameters = list(trainable(model).values())
-
-    def step(inputs: Batch, targets: Tensor) -> tuple[Tensor, ...]:
-        with torch.enable_grad():
-            loss = problem.loss_fn(call(model, inputs), targets).sum()
-        return torch.autograd.grad(loss, parameters, allow_unused=True)
-
-    return step
 
 
 def _timed(work: Callable[[], T], device: torch.device | None = None) -> tuple[T, float]:

@@ -248,3 +248,9 @@ def test_any_permutation_is_recognised(n: int, data: st.DataObject) -> None:
     order = data.draw(st.permutations(range(n)).filter(lambda p: p != list(range(n))))
     truth = as_rows(grads(n), "grads")
     assert "the samples are permuted" in explain({k: t[list(order)] for k, t in truth.items()}, truth, "grads")
+
+
+def test_numbers_of_the_runs_own_format_explain_nothing() -> None:
+    truth = {"p": torch.randn(6, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))}
+    assert "float32" not in explain({"p": truth["p"].float()}, truth, "grads")
+    assert "is rounded to float32" in explain({"p": truth["p"].float().double()}, truth, "grads")

@@ -90,13 +90,35 @@ def test_what_does_not_fit_later_is_run_in_more_parts() -> None:
 
 
 def test_inputs_that_have_been_changed_are_not_run_again() -> None:
+    seen = []
+
     def run(inputs: Tensor, targets: Tensor) -> Tensor:
         inputs.add_(1)
+        seen.append(len(targets))
         raise RuntimeError("can't allocate memory")
 
     parts = InParts(run, run, torch.cat, "changing")  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="can't allocate"):
         parts(real(8, 5), real(8))
+    assert seen == [8]
+
+
+def test_memory_of_what_has_been_tried_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    released, fits = [], 100
+
+    def run(inputs: Batch, targets: Tensor) -> Tensor:
+        if len(targets) > fits:
+            raise RuntimeError("can't allocate memory")
+        return targets
+
+    monkeypatch.setattr("backends.ops.parts.release", lambda: released.append(fits))
+    parts = InParts(run, run, torch.cat, "trying")
+    parts.choose(real(8, 5), real(8))
+    fits = 1
+    parts(real(8, 5), real(8))
+    assert released[0] == 100  # once it is known how many parts are best
+    assert released[1:]  # and when they do not fit
+    assert set(released[1:]) == {1}
 
 
 def test_every_form_of_more_than_one_sample_is_looked_at_once() -> None:
