@@ -61,10 +61,26 @@ def kept_random_state(model: nn.Module) -> Iterator[None]:
     if recording():  # a graph has no host that could; `cuda_graph` warms up outside of it
         yield
         return
-    on_gpu = (p for p in model.parameters() if p.is_cuda) if torch.cuda.is_initialized() else ()
-    devices = sorted({p.device.index or 0 for p in on_gpu})
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(_gpus(model)):
         yield
+
+
+@contextmanager
+def seeded(model: nn.Module, seed: int) -> Iterator[None]:
+    """Seed the global random state in the block, that of the CPU and of the model's devices.
+
+    `torch.manual_seed` would seed the other GPUs as well, and for good: only what is forked is given back.
+    """
+    with kept_random_state(model):
+        torch.default_generator.manual_seed(seed)
+        for gpu in _gpus(model):
+            torch.cuda.default_generators[gpu].manual_seed(seed)
+        yield
+
+
+def _gpus(model: nn.Module) -> list[int]:
+    on_gpu = (p for p in model.parameters() if p.is_cuda) if torch.cuda.is_initialized() else ()
+    return sorted({p.device.index or 0 for p in on_gpu})
 
 
 @contextmanager

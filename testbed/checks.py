@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from backends.base import Unsupported, describe, first_line, own_copy
 from backends.batch import Batch, call, take
-from backends.running import batch_gradient, culprit, kept_buffers, kept_random_state
+from backends.running import batch_gradient, culprit, kept_buffers, kept_random_state, seeded
 from testbed.problems.base import Problem
 from testbed.samples import narrow
 
@@ -129,10 +129,8 @@ def _refuse_coupled(wide: Problem, model: nn.Module, losses: Tensor, outputs: "O
 
 
 def _losses(wide: Problem, model: nn.Module, inputs: Batch, targets: Tensor, seed: int = 0) -> Tensor:
-    devices = [wide.device] if wide.device.type == "cuda" else []
     # gradients are on as in a backend's call: the model's forward pass may differentiate
-    with torch.random.fork_rng(devices), torch.enable_grad(), kept_buffers(model):
-        torch.manual_seed(seed)
+    with seeded(model, seed), torch.enable_grad(), kept_buffers(model):
         try:
             return wide.loss_fn(call(model, inputs), targets).detach()
         except Exception as error:

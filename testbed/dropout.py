@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from backends.batch import Batch, call, size
-from backends.running import kept_random_state
+from backends.running import seeded
 from testbed.problems import Problem
 
 PLAIN = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)  # these multiply by a mask and nothing else
@@ -100,8 +100,7 @@ def _draw(model: nn.Module, inputs: Batch, seed: int) -> list[tuple[str, Tensor]
     drawn: list[tuple[str, Tensor]] = []
     for path in random_dropouts(model):
         model.set_submodule(path, _Drawing(model.get_submodule(path), path, drawn))
-    with kept_random_state(model), torch.no_grad():
-        torch.manual_seed(seed)
+    with seeded(model, seed), torch.no_grad():
         call(model, inputs)
     return drawn
 

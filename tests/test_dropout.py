@@ -7,6 +7,7 @@ from torch import Tensor, nn
 import testbed
 from backends import available, backend_class, get_backend
 from backends.batch import call, size, take
+from testbed.checks import refuse_without_gradients
 from testbed.dropout import with_masks
 from testbed.problems import Problem
 from tests.asserts import assert_close
@@ -38,6 +39,14 @@ def problem(form: str = "tensor") -> Problem:
     if form == "dict":
         model._forward = lambda s, x, f=model._forward: f(s, x)  # type: ignore[assignment, misc]
     return Problem(model, squares, inputs, normal(N), take(inputs, slice(0, 3)), normal(3))
+
+
+def test_random_states_of_other_devices_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.manual_seed` seeds every GPU, and what is put back is the state of the problem's device alone."""
+    seeded = list[int]()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    refuse_without_gradients(with_masks(problem()))
+    assert not seeded
 
 
 @pytest.mark.parametrize("form", ["tensor", "tuple", "dict"])

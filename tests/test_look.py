@@ -245,7 +245,7 @@ def test_a_sample_that_others_change_is_noticed() -> None:
     mask[3, ::2] = False
     model, inputs = model_of(of_each_other), (real(7, 5).to(DEVICE), mask)
     ours, loop = (get_backend(b).grads(model, squares) for b in ("bookkeeping", "naive"))
-    assert_close(ours(inputs, real(7).to(DEVICE)), loop(inputs, real(7).to(DEVICE)))
+    assert_close(ours(inputs, real(7)), loop(inputs, real(7)))
 
 
 LONG, SHORT = torch.tensor([[1, 2, 3, 1, 2], [2, 1, 2, 1, 1]] * 4), torch.tensor([1, 0, 0, 0, 0])
@@ -386,11 +386,11 @@ def test_an_index_or_a_probability_stays_one() -> None:
             shares.update(share.flatten().tolist())
         return s.b(torch.tanh(s.a(x[:, 1:]) + s.e(x[:, 0].long()) * share))
 
-    category = torch.tensor([3.0, 0, 6, 3, 3, 1, 2])[:, None]
-    inputs = torch.cat([category, real(7, 5)], 1).to(DEVICE), (real(7, 5).sigmoid() / 2).to(DEVICE)
+    category = torch.tensor([3.0, 0, 6, 3, 3, 1, 2], device=DEVICE)[:, None]
+    inputs = torch.cat([category, real(7, 5)], 1), real(7, 5).sigmoid() / 2
     model = model_of(forward, e=nn.Embedding(7, 5))
     ours, loop = (get_backend(b).norms(model, squares) for b in ("bookkeeping", "naive"))
-    assert_close(ours(inputs, real(7).to(DEVICE)), loop(inputs, real(7).to(DEVICE)))
+    assert_close(ours(inputs, real(7)), loop(inputs, real(7)))
     assert categories == {0.0, 1.0, 2.0, 3.0, 6.0}
     assert min(shares) == inputs[1].min()
     assert max(shares) == inputs[1].max()
