@@ -16,10 +16,11 @@ from backends.base import QUANTITIES, Unavailable, Unsupported, guarded, unguard
 from testbed.conformance import capabilities
 from testbed.conformance.case import Case
 from testbed.conformance.report import KINDS, row_of, unguarded_status
-from testbed.conformance.sweep import RULE, all_cases, choose_cells, row, sweep
+from testbed.conformance.sweep import RULE, all_cases, choose_cases, choose_cells, row, sweep
 from testbed.problems import Problem
 from testbed.records import Record
 from testbed.referee import Referee
+from tests.cases import DEVICE
 
 README = Path(__file__).parent.parent / "backends" / "README.md"
 WHOLE_ROWS = ("Linear", "PReLU", "Embedding", "InstanceNorm1d", "GRU")  # of the table, run in every test run
@@ -41,6 +42,13 @@ def run(cases: Sequence[Case], quantities: Sequence[str] = ("grads",), **options
     records: list[Record] = []
     sweep(cases, choose_cells((), quantities), lambda record, _: records.append(record), **options)
     return records
+
+
+def test_cells_run_where_they_are_asked_to() -> None:
+    """Which is a GPU where there is one."""
+    records = run(choose_cases("Linear"), device=DEVICE)
+    assert {r.problem["device"] for r in records} == {DEVICE.type}
+    assert {r.status for r in records if r.backend == reference()} == {"ok"}
 
 
 @pytest.fixture(scope="module", params=["representative", pytest.param("all", marks=pytest.mark.matrix)])

@@ -161,6 +161,12 @@ def test_all_quantities_are_one_line_where_they_are_alike(command: Any) -> None:
         (("--write-table", "nowhere.md"), "--write-table nowhere.md: cannot be read"),
         (("--write-table", PLANTED), "it has no <!-- capabilities --> to write after"),
         (("--write-table", PLANTED, "--layer", "Linear"), "leave out --layer"),
+        (("--write-table", PLANTED, "--device", "auto"), "leave out --device"),
+        pytest.param(
+            ("--device", "cuda"),
+            "device 'cuda': PyTorch finds no CUDA device here; use device 'cpu' or 'auto'",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
+        ),
     ],
 )
 def test_usage_errors_are_one_line_and_run_nothing(command: Any, arguments: Sequence[str], message: str) -> None:

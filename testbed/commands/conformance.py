@@ -10,10 +10,11 @@ import torch
 from backends.base import QUANTITIES
 from backends.registry import UnknownName
 from testbed.commands.plugins import add_plugin, load_plugins
+from testbed.config.experiment import resolve_device
 from testbed.config.yaml_source import ConfigError
 from testbed.conformance import capabilities
 from testbed.conformance.report import report
-from testbed.conformance.sweep import CPU, choose_cases, choose_cells, sweep
+from testbed.conformance.sweep import choose_cases, choose_cells, sweep
 from testbed.progress import progress
 from testbed.records import EXIT_INTERRUPTED, Record, exit_code
 from testbed.run_folder import RunFolder
@@ -23,6 +24,7 @@ EPILOG = """examples:
   python -m testbed conformance --quantity all                    about five
   python -m testbed conformance --backend opacus --layer 'Conv*' --verbose
   python -m testbed conformance --plugin mine.py --backend mine --quantity all
+  python -m testbed conformance --device cuda                     on a GPU
   python -m testbed conformance --unguarded                       what the raw libraries would return
   python -m testbed conformance --write-table backends/README.md
 
@@ -53,6 +55,7 @@ def main(arguments: Sequence[str]) -> int:
         default="grads",
         help=f"of {', '.join(QUANTITIES)}, or all (default: grads, from which the built-in backends derive the others)",
     )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--unguarded", action="store_true", help="judge what the raw libraries would return instead")
     parser.add_argument("--out", metavar="DIR", type=Path, help="the run folder (default: runs/conformance-<time>)")
     parser.add_argument("-v", "--verbose", action="store_true", help="list every refusal with its reason")
@@ -64,6 +67,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.write_table:
         _refuse_part_of_a_table(parser, options)
     load_plugins(options.plugin)
+    device = resolve_device(options.device)
     try:
         cases = choose_cases(options.layer)
         quantities = QUANTITIES if options.quantity == "all" else _names(options.quantity)
@@ -82,9 +86,9 @@ def main(arguments: Sequence[str]) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the shapes are tiny: more threads only wait for each other
     try:
-        folder.describe(None, CPU)
+        folder.describe(None, device)
         with progress() as shown:
-            sweep(cases, cells, emit, shown, guarded=not options.unguarded)
+            sweep(cases, cells, emit, shown, guarded=not options.unguarded, device=device)
     except KeyboardInterrupt:
         interrupted = True
     finally:
@@ -101,9 +105,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _refuse_part_of_a_table(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    for name in ("backend", "layer", "quantity", "unguarded", "plugin"):
+    for name in ("backend", "layer", "quantity", "device", "unguarded", "plugin"):
         if getattr(options, name) != parser.get_default(name):
-            raise ConfigError(f"--write-table: the table is of all backends and cases, in grads; leave out --{name}")
+            raise ConfigError(
+                f"--write-table: the table is of all backends and cases, grads, on a CPU; leave out --{name}"
+            )
     if capabilities.BEGIN not in _text_of(options.write_table):
         raise ConfigError(f"--write-table {options.write_table}: it has no {capabilities.BEGIN} to write after")
 

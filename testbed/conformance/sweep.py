@@ -30,6 +30,7 @@ from testbed.group import Emit
 from testbed.integrity import Snapshot
 from testbed.outcome import Outcome
 from testbed.problems import Problem
+from testbed.problems.base import put
 from testbed.progress import Progress, Silent
 from testbed.records import SCHEMA, Record
 from testbed.referee import Referee
@@ -96,6 +97,7 @@ def sweep(
     progress: Progress | None = None,
     *,
     guarded: bool = True,
+    device: torch.device = CPU,
 ) -> None:
     """Run every cell on every case.
 
@@ -105,6 +107,7 @@ def sweep(
         emit: Takes each record, the moment its cell has ended.
         progress: Hears what is going on.
         guarded: Whether backends refuse what their library would get wrong; else what the library returns is judged.
+        device: Where they run.
     """
     progress = progress or Silent()
     quantities: dict[str, list[Cell]] = {}
@@ -118,7 +121,7 @@ def sweep(
                 warnings.simplefilter(
                     "ignore"
                 )  # the libraries' remarks on each layer; what is wrong shows in the result
-                bench = _Bench(case, group[0], guarded)
+                bench = _Bench(case, group[0], guarded, device)
                 for cell in group:
                     emit(*bench.record(cell))
 
@@ -126,11 +129,11 @@ def sweep(
 class _Bench:
     """One case and quantity: the truth, and what backends return beside it."""
 
-    def __init__(self, case: Case, cell: Cell, guarded: bool) -> None:
+    def __init__(self, case: Case, cell: Cell, guarded: bool, device: torch.device) -> None:
         setup = case.build()
         batch = (setup.inputs, setup.targets)
         self.case, self.guarded = case, guarded
-        self.problem = Problem(setup.model, setup.loss_fn, *batch, *batch)
+        self.problem = put(Problem(setup.model, setup.loss_fn, *batch, *batch), device)
         self.snapshot = Snapshot(setup.model)
         self.refusal: Outcome | None = None
         self.options: dict[str, Any] = {}
@@ -162,10 +165,10 @@ class _Bench:
             "why": self.case.reason,
             "batch_size": self.problem.n,
             "dtype": "float64",
-            "device": "cpu",
+            "device": self.problem.device.type,
             **self.options,
         }
-        env = _environment(cell.backend)
+        env = _environment(cell.backend, self.problem.device)
         settings = {"guarded": self.guarded, "rule": asdict(RULE)}
         record = Record(
             cell=identity(cell, about, settings, env),
@@ -234,6 +237,6 @@ def _backend(cell: Cell) -> Backend:
 
 
 @cache
-def _environment(backend: str) -> dict[str, Any]:
+def _environment(backend: str, device: torch.device) -> dict[str, Any]:
     """Return the environment of a backend's cells; it is the same for all of a sweep."""
-    return {**environment(CPU), "backend_source": source_hash(backend), "schema": SCHEMA}
+    return {**environment(device), "backend_source": source_hash(backend), "schema": SCHEMA}

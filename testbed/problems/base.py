@@ -163,7 +163,7 @@ def make_problem(
         with _blaming(f"model '{model}' cannot be trained on '{data}' with loss '{loss}'", {}):
             _train(network, loss_fn, draw, train_steps)
     problem = Problem(network, loss_fn, batch.inputs, batch.targets, fresh.inputs, fresh.targets)
-    return _put(problem if dtype == torch.float32 else problem.to(dtype), torch.device(device))
+    return put(problem if dtype == torch.float32 else problem.to(dtype), torch.device(device))
 
 
 @contextmanager
@@ -190,7 +190,8 @@ def _train(model: nn.Module, loss_fn: LossFn, draw: Callable[[], Samples], steps
     model.zero_grad(set_to_none=True)
 
 
-def _put(problem: Problem, device: torch.device) -> Problem:
+def put(problem: Problem, device: torch.device) -> Problem:
+    """Return the problem on a device, where its model and a loss that is a module are moved to."""
     loss_fn = problem.loss_fn
     return replace(
         problem,
