@@ -1,8 +1,8 @@
 """A lack of memory, by whatever exception it is told."""
 
+import gc
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 
@@ -25,11 +25,14 @@ def lack_of_memory(error: BaseException | None) -> BaseException | None:
     return None
 
 
-@contextmanager
-def going_on_without_memory() -> Iterator[None]:
-    """Go on after the block when there was not enough memory for it."""
+def enough_for(call: Callable[[], object]) -> bool:
+    """Run a call, and return whether there was enough memory for it; if not, what it held is let go."""
     try:
-        yield
+        call()
     except (RuntimeError, MemoryError) as error:
         if not lack_of_memory(error):
             raise
+    else:
+        return True
+    gc.collect()  # its frames and its graph, with their tensors, are in cycles with the exception
+    return False

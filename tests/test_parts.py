@@ -1,5 +1,8 @@
 """A batch in parts."""
 
+import gc
+from weakref import WeakSet
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -119,6 +122,45 @@ def test_memory_of_what_has_been_tried_is_let_go(monkeypatch: pytest.MonkeyPatch
     assert released[0] == 100  # once it is known how many parts are best
     assert released[1:]  # and when they do not fit
     assert set(released[1:]) == {1}
+
+
+def test_what_did_not_fit_is_let_go_before_the_next_try() -> None:
+    """An exception and the frames that it went through hold each other, and with them the tensors of the pass."""
+    held, at_a_time = WeakSet[Memory](), list[int]()
+
+    def run(inputs: Batch, targets: Tensor) -> Tensor:
+        memory = Memory()
+        held.add(memory)
+        at_a_time.append(len(held))
+        if len(targets) > 20:
+            memory.itself = memory
+            raise torch.OutOfMemoryError
+        return targets
+
+    gc.disable()
+    try:
+        InParts(run, run, torch.cat, "holding").choose(real(67, 5), real(67))
+    finally:
+        gc.enable()
+    assert len(at_a_time) > 3
+    assert set(at_a_time) == {1}
+
+
+def test_inputs_are_not_needed_twice_where_there_is_no_room_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(t: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    parts = InParts(lambda inputs, targets: targets, lambda inputs, targets: targets, torch.cat, "nothing")
+    with monkeypatch.context() as patched:
+        patched.setattr("torch.clone", no_room)
+        parts.choose(real(16, 5), real(16))
+    assert_close(parts(real(16, 5), real(16)), real(16))
+
+
+class Memory:
+    """Something whose lifetime is watched."""
+
+    itself: "Memory"
 
 
 def test_every_form_of_more_than_one_sample_is_looked_at_once() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from backends import precision
 from backends.refusals import first_line
-from backends.shortage import lack_of_memory
+from backends.shortage import enough_for, lack_of_memory
 
 Way: TypeAlias = Callable[[], Tensor]
 
@@ -156,14 +156,12 @@ def timed(way: Callable[[], object], like: Tensor) -> float:
         return float("inf")
     _wait(like)
     start = time.perf_counter()
-    try:
+
+    def run() -> None:
         way()
         _wait(like)
-    except Exception as error:
-        if not lack_of_memory(error):
-            raise
-        return float("inf")
-    return time.perf_counter() - start
+
+    return time.perf_counter() - start if enough_for(run) else float("inf")
 
 
 def _wait(like: Tensor) -> None:

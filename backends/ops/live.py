@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from backends.shortage import going_on_without_memory
+from backends.shortage import enough_for
 
 
 class Live(TorchDispatchMode):
@@ -59,8 +59,10 @@ def _memories(tree: object) -> list[torch.UntypedStorage]:
 
 def peak(call: Callable[[], object]) -> float:
     """Return how many bytes a call's tensors take at most; endless where it needs more than there is."""
-    live, fits = Live(), False
-    with going_on_without_memory(), live:
-        call()
-        fits = True
-    return live.peak if fits else inf
+    live = Live()
+
+    def watched() -> None:
+        with live:
+            call()
+
+    return live.peak if enough_for(watched) else inf

@@ -24,7 +24,7 @@ from backends.ops.footprint import FREE
 from backends.ops.live import peak
 from backends.ops.look import going_on
 from backends.ops.pages import release
-from backends.shortage import going_on_without_memory, lack_of_memory
+from backends.shortage import enough_for, lack_of_memory
 
 R = TypeVar("R")
 
@@ -96,7 +96,7 @@ class InParts(Generic[R]):
         best, most = 1, inf
         with going_on():  # a step of a whole batch may fail where samples alone do not: then there is no bound
             least = self._taken(1, inputs, targets)
-            most = max(FREE, WITHIN * peak(partial(self.step, *_copies(inputs, targets))))
+            most = max(FREE, WITHIN * _peak(self.step, inputs, targets))
             for count in _doublings(size(inputs)):
                 if least < most:
                     break
@@ -109,9 +109,9 @@ class InParts(Generic[R]):
 
     def _taken(self, count: int, inputs: Batch, targets: Tensor) -> float:
         """Return how many bytes so many parts take at most."""
-        with going_on_without_memory():
-            self._in(count, *_copies(inputs, targets))  # new ways are tried now, and take memory of their own
-        return peak(partial(self._in, count, *_copies(inputs, targets)))
+        run = partial(self._in, count)
+        enough_for(partial(_on_copies, run, inputs, targets))  # new ways are tried now, and take memory of their own
+        return _peak(run, inputs, targets)
 
     def _in(self, count: int, inputs: Batch, targets: Tensor) -> R:
         if count == 1:
@@ -124,7 +124,7 @@ class InParts(Generic[R]):
         found = dict.fromkeys(counts, inf)
         for _ in range(TRIES):
             for count in counts:
-                seconds = timed(partial(self._in, count, *_copies(inputs, targets)), targets)
+                seconds = timed(partial(_on_copies, partial(self._in, count), inputs, targets), targets)
                 found[count] = min(found[count], seconds)
             if max(found.values()) > LONG:
                 break
@@ -136,9 +136,16 @@ def _doublings(n: int) -> list[int]:
     return [*(1 << k for k in range(1, (n - 1).bit_length())), n]
 
 
-def _copies(inputs: Batch, targets: Tensor) -> tuple[Batch, Tensor]:
-    """Return copies: a model may change its inputs in place."""
-    return apply(torch.clone, inputs), targets.clone()
+def _peak(run: Callable[[Batch, Tensor], object], inputs: Batch, targets: Tensor) -> float:
+    """Return how many bytes a call takes at most beside its inputs; endless where it needs more than there is."""
+    found = [inf]
+    enough_for(partial(_on_copies, lambda *copies: found.append(peak(partial(run, *copies))), inputs, targets))
+    return found[-1]
+
+
+def _on_copies(run: Callable[[Batch, Tensor], object], inputs: Batch, targets: Tensor) -> None:
+    """Run a call that is a try on copies: a model may change its inputs in place."""
+    run(apply(torch.clone, inputs), targets.clone())
 
 
 def _form(inputs: Batch, targets: Tensor) -> object:

@@ -149,7 +149,7 @@ class Passes:
 
     def plain(self, inputs: Batch, targets: Tensor) -> Named:
         """Return the gradients of one sample {name: [*shape]} by ordinary autograd."""
-        self.model.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)  # a call that failed may have left some
         with kept_buffers(self.model):
             torch.autograd.backward(self.loss_fn(call(self.model, inputs), targets).sum())
         found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in self.parameters.items()}
