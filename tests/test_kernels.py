@@ -175,7 +175,7 @@ def test_it_is_right_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "45 passed" in done.stdout
+    assert "46 passed" in done.stdout
 
 
 def compiled(kernel: Any, constants: dict[str, Any], kinds: dict[str, Any]) -> Any:
@@ -239,16 +239,28 @@ def test_they_are_not_measured_on_a_cpu() -> None:
     assert CHOSEN[measured] in ("direct", "gram")
 
 
-def test_a_kernel_that_does_not_run_is_not_the_fastest_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            RuntimeError("Failed to find C compiler.\nPlease specify via CC."),
+            "does not run: Failed to find C compiler.",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory."), "needs more memory than there is to be compared"),
+    ],
+)
+def test_a_kernel_that_does_not_run_is_not_the_fastest_and_that_is_said(
+    error: RuntimeError, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken() -> torch.Tensor:
-        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC.")
+        raise error
 
     monkeypatch.setattr("backends.ops.choice.with_kernels", lambda like: True)
-    like = torch.zeros(1)
+    like, what = torch.zeros(1), f"a kernel with {type(error).__name__}"
     for _ in range(2):
-        assert fastest({"direct": lambda: like}, "a broken kernel", 1, like, {"kernel": broken}) is like
-    (said,) = (CHOSEN.pop(key) for key in list(CHOSEN) if key.startswith("a broken kernel"))
-    assert said == "direct (kernel does not run: Failed to find C compiler.)"
+        assert fastest({"direct": lambda: like}, what, 1, like, {"kernel": broken}) is like
+    (found,) = (CHOSEN.pop(key) for key in list(CHOSEN) if key.startswith(what))
+    assert found == f"direct (kernel {said})"
 
 
 @pytest.mark.parametrize(
