@@ -58,10 +58,8 @@ def _modules(model: nn.Module) -> list[nn.Module]:
 @contextmanager
 def kept_random_state(model: nn.Module) -> Iterator[None]:
     """Give the global random state of the CPU and of the model's devices back at the end."""
-    if recording():  # a graph has no host that could; `cuda_graph` warms up outside of it
-        yield
-        return
-    with torch.random.fork_rng(_gpus(model)):
+    # a GPU's cannot be read while a graph is recorded; what the host draws then is drawn all the same
+    with torch.random.fork_rng([] if recording() else _gpus(model)):
         yield
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from backends import graphs
 from backends.base import Unsupported
+from backends.running import kept_random_state
 from backends.shortage import lack_of_memory
 
 
@@ -77,3 +78,11 @@ def test_inputs_with_a_gradient_leave_no_history(monkeypatch: pytest.MonkeyPatch
     graphs.graphed(lambda *call: None)(torch.ones(1, 2, requires_grad=True), torch.zeros(1))
     assert static.tolist() == [[1, 1]]
     assert not static.requires_grad
+
+
+def test_what_the_host_draws_while_recording_is_given_back() -> None:
+    """A library may draw a seed in each call, as those do that make a DataLoader."""
+    before = torch.get_rng_state()
+    with graphs._recorded(), kept_random_state(torch.nn.Identity()):
+        torch.rand(1)
+    assert torch.equal(torch.get_rng_state(), before)
