@@ -18,6 +18,7 @@ from testbed.conformance.case import Case
 from testbed.conformance.report import KINDS, row_of, unguarded_status
 from testbed.conformance.sweep import RULE, all_cases, choose_cases, choose_cells, row, sweep
 from testbed.problems import Problem
+from testbed.problems.base import put
 from testbed.records import Record
 from testbed.referee import Referee
 from tests.cases import DEVICE
@@ -44,9 +45,12 @@ def run(cases: Sequence[Case], quantities: Sequence[str] = ("grads",), **options
     return records
 
 
-def test_cells_run_where_they_are_asked_to() -> None:
+def test_cells_run_where_they_are_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which is a GPU where there is one."""
+    asked = []
+    monkeypatch.setattr("testbed.conformance.sweep.put", lambda p, device: asked.append(device) or put(p, device))
     records = run(choose_cases("Linear"), device=DEVICE)
+    assert set(asked) == {DEVICE}
     assert {r.problem["device"] for r in records} == {DEVICE.type}
     assert {r.status for r in records if r.backend == reference()} == {"ok"}
 

@@ -1,7 +1,7 @@
 """What calls of a CUDA graph return: copies, or the graph's own memory in a dict of the caller's own."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -78,6 +78,16 @@ def test_inputs_with_a_gradient_leave_no_history(monkeypatch: pytest.MonkeyPatch
     graphs.graphed(lambda *call: None)(torch.ones(1, 2, requires_grad=True), torch.zeros(1))
     assert static.tolist() == [[1, 1]]
     assert not static.requires_grad
+
+
+def test_a_gpus_random_state_is_not_read_while_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    forked = []
+    monkeypatch.setattr("backends.running._gpus", lambda model: [0])
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext(forked.append(devices)))
+    for context in (nullcontext(), graphs._recorded()):
+        with context, kept_random_state(torch.nn.Identity()):
+            pass
+    assert forked == [[0], []]
 
 
 def test_what_the_host_draws_while_recording_is_given_back() -> None:
