@@ -88,14 +88,18 @@ class Moments:
     def add(self, g: Tensor) -> None:
         """Take the gradients [n, *shape] of further samples."""
         self.dtype, g, n = g.dtype, g.to(wide(g.dtype)), len(g)
-        mean = g.mean(0)
-        squares = g.sub(mean).square_().sum(0)  # torch.var takes ten times as long along the first axis on a CPU
+        mean, squares = g[0], None  # one sample is its own mean
+        if n > 1:
+            mean = g.mean(0)
+            squares = g.sub(mean).square_().sum(0)  # torch.var takes ten times as long along the first axis on a CPU
         if not self.samples:
-            self.mean, self.squares = mean, squares
+            self.mean, self.squares = (mean.clone(), torch.zeros_like(mean)) if squares is None else (mean, squares)
         else:
             gap, total = mean - self.mean, self.samples + n
             self.mean.add_(gap, alpha=n / total)
-            self.squares.add_(squares).addcmul_(gap, gap, value=self.samples * n / total)
+            self.squares.addcmul_(gap, gap, value=self.samples * n / total)
+            if squares is not None:
+                self.squares.add_(squares)
         self.samples += n
 
     def variance(self) -> Tensor:

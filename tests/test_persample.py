@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from backends import get_backend
+from backends.derived import Moments
 from backends.ops import persample
 from backends.ops.choice import CHOSEN
 from backends.ops.conv import Correlation, by_patches, by_places, grouped
@@ -59,6 +60,16 @@ def test_every_form_agrees_with_its_own_rows(name: str, at_a_time: int, monkeypa
     assert_close(form.weighted(factors), (factors @ flat).view(form.shape))
     assert_close(form.variance(), rows.var(0, correction=0))
     assert_close(form.gram(), flat @ flat.T)
+
+
+@pytest.mark.parametrize("lengths", [(5,), (1,), (1, 1, 3), (3, 1, 1), (2, 3), (1, 4)], ids=str)
+def test_variance_does_not_depend_on_how_samples_come(lengths: tuple[int, ...]) -> None:
+    grads = 1e6 + real(sum(lengths), 4, 5)  # far from zero: a difference of moments would lose twelve digits
+    moments, given = Moments(), grads.clone()
+    for part in given.split(lengths):
+        moments.add(part)
+        part.fill_(torch.nan)  # a backend may write the next ones to the same memory
+    torch.testing.assert_close(moments.variance(), grads.var(0, correction=0), rtol=1e-8, atol=0)
 
 
 def test_small_parameters_together_agree_with_each_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
