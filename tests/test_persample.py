@@ -62,7 +62,7 @@ def test_every_form_agrees_with_its_own_rows(name: str, at_a_time: int, monkeypa
     assert_close(form.gram(), flat @ flat.T)
 
 
-@pytest.mark.parametrize("lengths", [(5,), (1,), (1, 1, 3), (3, 1, 1), (2, 3), (1, 4)], ids=str)
+@pytest.mark.parametrize("lengths", [(5,), (1,), (1, 1, 3), (3, 1, 1), (1, 3, 1), (2, 2, 2)], ids=str)
 def test_variance_does_not_depend_on_how_samples_come(lengths: tuple[int, ...]) -> None:
     grads = 1e6 + real(sum(lengths), 4, 5)  # far from zero: a difference of moments would lose twelve digits
     moments, given = Moments(), grads.clone()
