@@ -21,7 +21,7 @@ from testbed.run_folder import RunFolder
 
 EPILOG = """examples:
   python -m testbed conformance                                   grads, about a minute
-  python -m testbed conformance --quantity all                    five to thirteen, by machine and libraries
+  python -m testbed conformance --quantity all                    all quantities, five to thirteen minutes
   python -m testbed conformance --backend opacus --layer 'Conv*' --verbose
   python -m testbed conformance --plugin mine.py --backend mine --quantity all
   python -m testbed conformance --device cuda                     on a GPU
