@@ -65,6 +65,21 @@ def for_all() -> None:
     torch.backends.fp32_precision = "tf32"  # type: ignore[attr-defined]
 
 
+def for_all_after_words() -> None:
+    """The older switches may then be read, and say less than the general one."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for_all()
+
+
+def for_cudnn_before_words() -> None:
+    torch.backends.cudnn.fp32_precision = "tf32"  # type: ignore[attr-defined]
+    torch.set_float32_matmul_precision("high")
+
+
+GENERAL = newer, for_all, for_all_after_words, for_cudnn_before_words
+
+
 def state() -> list[object]:
     """Return all switches; of those that may not be read, that."""
     found: list[object] = [switch.fp32_precision for switch in precision.SWITCHES]
@@ -82,7 +97,7 @@ def state() -> list[object]:
 
 @pytest.mark.parametrize(
     "setting",
-    [lambda: None, older, partial(by_words, "high"), partial(by_words, "medium"), newer, for_all],
+    [lambda: None, older, partial(by_words, "high"), partial(by_words, "medium"), *GENERAL],
 )
 def test_in_the_block_it_is_not_allowed_and_after_it_all_is_as_before(setting: Callable[[], None]) -> None:
     setting()
@@ -90,7 +105,7 @@ def test_in_the_block_it_is_not_allowed_and_after_it_all_is_as_before(setting: C
     with precision.without_tf32():
         assert not precision.tf32_in_products()
         assert not precision.tf32_in_convolutions()
-        assert setting in (newer, for_all) or "may not be read" not in state()[3:5]
+        assert setting in GENERAL or "may not be read" not in state()[3:5]
     assert state() == before
 
 
