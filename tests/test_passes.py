@@ -50,7 +50,7 @@ def doubled(y: Tensor) -> Tensor:
     return y
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, in forward mode
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is")  # torch's own, in forward mode
 @pytest.mark.parametrize("name", HABITS)
 def test_models_may_do_what_they_like(name: str) -> None:
     assert_right(habit(HABITS[name]), real(N, 5), real(N))
