@@ -1,6 +1,7 @@
 """Backends that do to their process what backends do; given to the command line with `--plugin`."""
 
 import ctypes
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -39,6 +40,11 @@ def _interrupts() -> None:
     raise KeyboardInterrupt("not the user")
 
 
+def _killed_with_a_semaphore() -> None:
+    with multiprocessing.get_context("spawn").Lock():  # as `torch.compile` has one, for the system to clean up
+        os.kill(os.getpid(), 9)
+
+
 def _grandchild_holds_the_output() -> None:
     subprocess.Popen(["sleep", "1000"])  # ours to end as well
     os._exit(7)
@@ -49,7 +55,7 @@ DEEDS: dict[str, Callable[[], Any]] = {
     "abort": os.abort,
     "exit": lambda: os._exit(0),
     "exit_7": _grandchild_holds_the_output,
-    "killed": lambda: os.kill(os.getpid(), 9),
+    "killed": _killed_with_a_semaphore,
     "hang": lambda: time.sleep(1000),
     "host_memory": lambda: torch.empty(6 * 10**9, dtype=torch.uint8),  # would fit, but for the limit
     "cuda_memory": _no_cuda_memory,

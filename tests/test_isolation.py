@@ -58,6 +58,7 @@ def run(folder: Path, text: str) -> Ran:
                 break
         out, err = process.communicate(timeout=LONG)
     assert "Traceback" not in out + err
+    assert "Warning" not in out + err
     return Ran(process.returncode, out, {f"{r.label} {r.quantity}": r for r in records(folder / "run")}, left, folder)
 
 

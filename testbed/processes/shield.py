@@ -1,5 +1,6 @@
 """Signals that ask a run to stop, and the moments in which it cannot."""
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -42,12 +43,25 @@ def held_back() -> Iterator[None]:
     Raises:
         KeyboardInterrupt: At the end, where there was one.
     """
-    resource_tracker.ensure_running()  # when multiprocessing starts it, it lets signals through
+    _start_tracker()  # when multiprocessing starts it, it lets signals through
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_tracker() -> None:
+    """Start what removes the semaphores of children that were killed, and let it do so without a warning at the end."""
+    before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (before, "ignore:resource_tracker:UserWarning")))
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONWARNINGS"]
+        else:
+            os.environ["PYTHONWARNINGS"] = before
 
 
 def let_through() -> None:
