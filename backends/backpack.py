@@ -6,8 +6,9 @@ A layer must be called once, positionally, with the batch first.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -149,13 +150,17 @@ def _extended(
     original, model = model, own_copy(model)
     parameters = trainable(model)
     _refuse_options(model, rules)
-    for h in _hooked(model):
-        extend(h.module)
+    counts: dict[str, int] = {}
+    for path, module in model.named_modules():
+        if any(p.requires_grad for p in module.parameters(recurse=False)):
+            extend(module)
+            module.register_forward_hook(partial(_count, counts, describe(path, module)))
 
     def run(inputs: Batch, targets: Tensor, extensions: Sequence[Any], samples: Sequence[int]) -> list[Named]:
         results: list[Named] = []
         inputs, targets = detached(inputs), detached(targets)
         loss = torch.empty(0)
+        counts.clear()
         with watching(inputs) as new:
             for extension, n in zip(extensions, samples, strict=True):
                 more = len(results) + 1 < len(extensions)
@@ -163,6 +168,8 @@ def _extended(
                     # an unknown layer is a warning there and a refusal here, in `collect`
                     warnings.filterwarnings("ignore", message="Extension saving to")
                     loss = loss if results else loss_fn(call(model, inputs), targets).sum()
+                    if n < size(inputs):
+                        _refuse_others(counts, size(inputs))
                     with backpack(extension, retain_graph=more):
                         torch.autograd.backward(loss, retain_graph=more)
                 whole = attribute == "grad_batch" and n == size(inputs)
@@ -174,6 +181,21 @@ def _extended(
         return results
 
     return run
+
+
+def _count(counts: dict[str, int], module: str, _: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+    """Note, in a forward hook, how many rows go into a module."""
+    if inputs and isinstance(inputs[0], Tensor) and inputs[0].dim():
+        counts[module] = len(inputs[0])
+
+
+def _refuse_others(counts: Mapping[str, int], samples: int) -> None:
+    """Refuse modules that see other rows than the samples, before some are asked for: on CUDA that ends the process."""
+    for module, count in counts.items():
+        if guarded() and count != samples:
+            raise Unsupported(
+                f"{module}: {count} row(s) go in for {samples} samples; BackPACK takes row i to be sample i"
+            )
 
 
 def _hooked(model: nn.Module) -> list[Hooked]:
