@@ -44,7 +44,7 @@ def refuse_impure(model: nn.Module) -> None:
 
     Raises:
         Unsupported: BatchNorm in training mode or without running statistics, an embedding with `max_norm` or
-            `scale_grad_by_freq`, a scripted or traced module.
+            `scale_grad_by_freq`, a scripted or traced module, a recurrent layer in eval mode on CUDA.
     """
     for path, module in model.named_modules():
         where, kind = f"`{path or 'model'}`", type(module).__name__
@@ -56,6 +56,11 @@ def refuse_impure(model: nn.Module) -> None:
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise Unsupported(f"{where} ({kind}) is scripted: a copy of it has parameters that do not follow yours")
+        if isinstance(module, nn.RNNBase) and not module.training and _by_cudnn(module):
+            raise Unsupported(
+                f"{where} ({kind}) in eval mode is run by cuDNN, which has no backward pass for that; "
+                "use train(), or torch.backends.cudnn.enabled = False"
+            )
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.weight.requires_grad:
             if module.max_norm is not None:
                 raise Unsupported(f"{where} ({kind}(max_norm={module.max_norm})) changes its weights while it runs")
@@ -64,6 +69,11 @@ def refuse_impure(model: nn.Module) -> None:
                     f"{where} ({kind}(scale_grad_by_freq=True)) divides gradients by counts over the batch, "
                     "so no sample has a gradient of its own"
                 )
+
+
+def _by_cudnn(module: nn.Module) -> bool:
+    """Return whether cuDNN runs a module that is trained."""
+    return any(p.requires_grad and p.is_cuda and torch.backends.cudnn.is_acceptable(p) for p in module.parameters())
 
 
 def describe(path: str, module: nn.Module, *, options: bool = False) -> str:

@@ -367,3 +367,17 @@ def test_a_failed_call_leaves_the_next_one_right(backend: Backend, quantity: str
         fn(case.inputs, case.targets)
     broken.clear()
     assert_close(fn(case.inputs, case.targets), expected)
+
+
+@pytest.mark.usefixtures("own_random_state")
+@pytest.mark.parametrize("kind", [torch.nn.RNN, torch.nn.LSTM, torch.nn.GRU])
+def test_a_recurrent_layer_whose_backward_pass_cudnn_lacks_is_refused(
+    kind: type[torch.nn.RNNBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = torch.nn.Sequential(kind(3, 2)).eval()
+    own_copy(model)  # cuDNN runs nothing on a CPU
+    monkeypatch.setattr("backends.refusals._by_cudnn", lambda module: next(module.parameters()).requires_grad)
+    with pytest.raises(Unsupported, match=r"`0` \(\w+\) in eval mode is run by cuDNN, which has no backward pass"):
+        own_copy(model)
+    own_copy(model.train())
+    own_copy(torch.nn.Sequential(kind(3, 2).requires_grad_(False).eval(), torch.nn.Linear(2, 1)))
