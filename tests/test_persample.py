@@ -40,6 +40,14 @@ def forms() -> dict[str, PerSample]:
         ),
         "convolution, groups": Correlation(real(N, 1, 4, 9, 8), real(N, 1, 6, 5, 4), (6, 2, 3, 3), **conv, groups=2),
         "sum": added([Dense(real(N, 4, 5)), Outer(real(N, 2, 4), real(N, 2, 5))], N, real(4, 5)),
+        "sum with a table": added(
+            [
+                Outer(real(N, 2, 6), real(N, 2, 5)),
+                Scattered(torch.tensor([[0, 1, 1], [2, 0, 3], [3, 3, 3]], device=DEVICE), real(N, 3, 5), 6),
+            ],
+            N,
+            real(6, 5),
+        ),
         "sum of products": added([Outer(real(N, t, 4), real(N, t, 5)) for t in (2, 3)], N, real(4, 5)),
         "sum of nothing": added([], N, real(4, 5)),
     }
@@ -55,6 +63,10 @@ def test_every_form_agrees_with_its_own_rows(name: str, at_a_time: int, monkeypa
     assert rows.shape == (N, *form.shape)
     assert_close(form.grads(lambda shape, like: like.new_empty(shape)), rows)
     assert_close(form.rows(slice(1, 2)), rows[1:2])
+    total = real(2, *form.shape)
+    expected = total + rows[1:3]
+    form.add_to(total, slice(1, 3))
+    assert_close(total, expected)
     assert_close(form.compact().rows(slice(None)), rows)
     assert_close(form.squares(), flat.square().sum(1))
     assert_close(form.weighted(factors), (factors @ flat).view(form.shape))

@@ -87,9 +87,12 @@ class Scattered(PerSample):
     def grads(self, empty: Empty) -> Tensor:  # noqa: D102
         return self._tables(slice(None), empty((self.samples, *self.shape), self.like).zero_())
 
+    def add_to(self, total: Tensor, some: slice) -> None:  # noqa: D102
+        self._tables(some, total)
+
     def _tables(self, some: slice, out: Tensor) -> Tensor:
-        """Return the gradients of some samples [n, V, D] in memory of zeros."""
-        values = self.values[some]
+        """Return the gradients of some samples [n, V, D], added to what is there."""
+        values = self.values[some].to(out.dtype)  # under autocast, dtypes may differ
         return out.scatter_add_(1, self.index[some, :, None].expand_as(values), values)
 
     def squares(self) -> Tensor:  # noqa: D102

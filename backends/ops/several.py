@@ -27,7 +27,7 @@ class Sum(PerSample):
         first, *others = self.terms
         total = first.rows(some).to(self.like.dtype, copy=isinstance(first, Dense))  # under autocast, dtypes may differ
         for term in others:
-            total += term.rows(some)
+            term.add_to(total, some)
         return total
 
     def held(self) -> int:  # noqa: D102
