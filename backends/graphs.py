@@ -23,6 +23,14 @@ WARM_UPS = (
 _RECORDING: ContextVar[bool] = ContextVar("recording", default=False)
 
 
+_AHEAD = False  # no ContextVar: on CUDA, autograd runs the backward pass in a thread of its own
+
+
+def ahead() -> bool:
+    """Return whether what runs now is recorded, or will be: then only the device's time counts, not the host's."""
+    return _AHEAD
+
+
 def recording() -> bool:
     """Return whether a call is being recorded: what asks the host or the random state must then stay out of it."""
     return _RECORDING.get()
@@ -41,7 +49,7 @@ def graphed(fn: Callable[[Batch, Tensor], Any], *, kept: bool = True) -> Callabl
         inputs = detached(inputs)  # else each call would add to the history of what it is copied to
         form = (signature(inputs), size(inputs), signature(targets))
         if form not in graphs:
-            with torch.cuda.device_of(targets):  # what is recorded is the current one's
+            with torch.cuda.device_of(targets), _is_ahead():  # what is recorded is the current device's
                 graphs[form] = _record(fn, inputs, targets)
         result = graphs[form].replay(inputs, targets)
         return tree_map(torch.clone if kept else torch.Tensor.detach, result)  # dicts are the caller's in any case
@@ -90,6 +98,16 @@ def _record(fn: Callable[[Batch, Tensor], Any], inputs: Batch, targets: Tensor) 
 def _same_stream_afterwards() -> AbstractContextManager[object]:
     """Return a context after which the current stream is what it was: a recording that fails does not see to it."""
     return torch.cuda.stream(torch.cuda.current_stream())
+
+
+@contextmanager
+def _is_ahead() -> Iterator[None]:
+    global _AHEAD
+    before, _AHEAD = _AHEAD, True
+    try:
+        yield
+    finally:
+        _AHEAD = before
 
 
 @contextmanager

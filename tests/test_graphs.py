@@ -10,6 +10,7 @@ from torch import Tensor
 
 from backends import graphs
 from backends.base import Unsupported
+from backends.ops import choice
 from backends.running import kept_random_state
 from backends.shortage import lack_of_memory
 
@@ -96,3 +97,25 @@ def test_what_the_host_draws_while_recording_is_given_back() -> None:
     with graphs._recorded(), kept_random_state(torch.nn.Identity()):
         torch.rand(1)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_is_recorded_has_choices_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches count in a call, and cost next to nothing in a graph."""
+    slow = []
+
+    def measured(way: object, like: Tensor) -> float:
+        slow.append(graphs.ahead())
+        return float(way == ways["few launches"]) if graphs.ahead() else float(way == ways["many launches"])
+
+    monkeypatch.setattr(choice, "timed", measured)
+    ways = {"few launches": lambda: torch.zeros(1), "many launches": lambda: torch.ones(1)}
+    recorded = SimpleNamespace(replay=lambda inputs, targets: choice.fastest(ways, "one thing", 1, targets))
+    monkeypatch.setattr(graphs, "_record", lambda fn, *call: (fn(*call), recorded)[1])
+    call = graphs.graphed(lambda inputs, targets: choice.fastest(ways, "one thing", 1, targets))
+    assert call(torch.zeros(1), torch.zeros(1)).item() == 0  # a replay does not choose anew
+    assert choice.fastest(ways, "one thing", 1, torch.zeros(1)).item() == 0
+    found = {key: choice.CHOSEN.pop(key) for key in list(choice.CHOSEN) if key.startswith("one thing")}
+    assert sorted(found.values()) == ["few launches", "many launches"]
+    assert [value for key, value in found.items() if "in a CUDA graph" in key] == ["many launches"]
+    assert set(slow) == {True, False}
+    assert not graphs.ahead()
