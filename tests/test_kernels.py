@@ -12,7 +12,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
 from backends import get_backend
@@ -76,13 +76,17 @@ def correlation(name: str, dtype: torch.dtype) -> Correlation:
 @runs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_norms_of_convolutions_are_those_of_float64(name: str, dtype: torch.dtype) -> None:
+def test_gradients_of_convolutions_and_norms_are_those_of_float64(name: str, dtype: torch.dtype) -> None:
     from backends.ops.conv import product_of
 
     form = correlation(name, dtype)
     exact = grouped(Correlation(form.x.double(), form.y.double(), *list(vars(form).values())[2:7]))
     found = product_of(form).squares()
     assert (found.double() / exact.flatten(1).square().sum(1) - 1).abs().max() <= 1e-5  # whatever the inputs' dtype
+    grads = product_of(form).grads()
+    assert grads.dtype == dtype
+    assert grads.shape == (N, *form.shape)
+    assert (grads.double() - exact).abs().max() <= 8 * torch.finfo(dtype).eps * exact.abs().max()
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="TF32 is CUDA's")
@@ -108,8 +112,6 @@ def test_where_tf32_is_allowed_results_are_as_near_as_that(form: str) -> None:
 @pytest.mark.parametrize("form", ["samples first", "positions last", "one position"])
 @pytest.mark.parametrize(("positions", "p", "d"), [(5, 3, 17), (70, 150, 40)])
 def test_norms_of_products_are_those_of_float64(positions: int, p: int, d: int, form: str, dtype: torch.dtype) -> None:
-    from backends.ops.outer import Outer
-
     positions = 1 if form == "one position" else positions
     left, right = (torch.randn(N, positions, width).to(DEVICE, dtype) for width in (p, d))
     if form == "positions last":
@@ -120,12 +122,76 @@ def test_norms_of_products_are_those_of_float64(positions: int, p: int, d: int, 
     assert (found.double() / exact - 1).abs().max() <= 1e-6
 
 
+def where_the_gram_form_cancels(positions: int = 70) -> tuple[Tensor, Tensor]:
+    """Return vectors that have hardly a sum, and others that hardly differ."""
+    left, right = torch.randn(N, positions, 24, device=DEVICE), torch.randn(N, positions, 40, device=DEVICE)
+    return left - left.mean(1, keepdim=True), 1 + 1e-2 * right
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])])
+@pytest.mark.parametrize("form", ["samples first", "positions last"])
+@pytest.mark.parametrize(("positions", "p", "d"), [(5, 3, 17), (70, 150, 40), (150, 16, 20)])
+def test_norms_by_the_gram_form_are_those_of_float64(
+    positions: int, p: int, d: int, form: str, dtype: torch.dtype
+) -> None:
+    left, right = (torch.randn(N, positions, width).to(DEVICE, dtype) for width in (p, d))
+    if form == "positions last":
+        left, right = (t.mT.contiguous().mT for t in (left, right))
+    exact = (left.double().mT @ right.double()).flatten(1).square().sum(1)
+    for by_kernel in (False, True):
+        found = Outer(left, right).squares_by_gram_fused(by_kernel)
+        assert found.dtype == torch.float32
+        assert (found.double() / exact - 1).abs().max() <= 1e-6
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_where_the_gram_form_cancels_it_is_not_taken(dtype: torch.dtype) -> None:
+    from backends.ops.gram_kernel import squares_by_gram
+
+    left, right = (t.to(dtype) for t in where_the_gram_form_cancels())
+    exact = (left.double().mT @ right.double()).flatten(1).square().sum(1)
+    for by_kernel in (False, True):
+        cancelled = squares_by_gram(left, right, allowed=torch.inf, by_kernel=by_kernel)
+        assert (cancelled.double() / exact - 1).abs().max() > 5e-5
+        found = Outer(left, right).squares_by_gram_fused(by_kernel)
+        assert (found.double() / exact - 1).abs().max() <= 1e-5
+
+
+@runs
+def test_samples_are_in_doubt_each_for_itself() -> None:
+    from backends.ops.gram_kernel import squares_by_gram
+    from backends.ops.kernels import squares_of_products
+
+    left, right = where_the_gram_form_cancels()
+    left[1], right[1] = torch.randn_like(left[1]), torch.randn_like(right[1])
+    found, product = squares_by_gram(left, right, 2.0**-17), squares_of_products(left, right)
+    assert ((found / product - 1).abs() <= 1e-6).all()
+    by_gram = squares_by_gram(left, right, torch.inf)
+    assert (found == by_gram).tolist() == [False, True, False]
+
+
+@runs
+@pytest.mark.parametrize("value", [0.0, 1e-21, *([] if INTERPRETED else [1e-30, torch.inf, torch.nan])])
+def test_what_float32_cannot_bear_is_in_doubt(value: float) -> None:
+    """Inner products of small vectors are zeros, with no error to be seen, though others make up for their size."""
+    left, right = torch.randn(N, 20, 8, device=DEVICE), torch.randn(N, 20, 4, device=DEVICE)
+    left[1] *= value
+    right[1] *= min(1e18, 1e-3 / value) if 0 < value < 1 else 1
+    exact = (left.double().mT @ right.double()).flatten(1).square().sum(1)
+    found = Outer(left, right).squares_by_gram_fused().double()
+    assert found.isfinite().tolist() == exact.isfinite().tolist()
+    assert ((found - exact).abs() <= 1e-5 * exact)[exact.isfinite()].all()
+
+
 @runs
 @pytest.mark.parametrize("name", [name for name, geometry in GEOMETRIES.items() if geometry[-1] == 1])
 def test_norms_by_patches_are_those_of_float64(name: str) -> None:
     form = correlation(name, torch.float32)
     exact = grouped(Correlation(form.x.double(), form.y.double(), *list(vars(form).values())[2:7]))
-    assert (form.squares_by_patches().double() / exact.flatten(1).square().sum(1) - 1).abs().max() <= 1e-6
+    for way in (Outer.squares_fused, Outer.squares_by_gram_fused):
+        assert (form.squares_by_patches(way).double() / exact.flatten(1).square().sum(1) - 1).abs().max() <= 1e-6
 
 
 @runs
@@ -175,7 +241,7 @@ def test_it_is_right_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "46 passed" in done.stdout
+    assert "63 passed" in done.stdout
 
 
 def compiled(kernel: Any, constants: dict[str, Any], kinds: dict[str, Any]) -> Any:
@@ -191,13 +257,13 @@ def compiled(kernel: Any, constants: dict[str, Any], kinds: dict[str, Any]) -> A
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("precision", ["ieee", "tf32"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_convolutions_compile_for_a_gpu_that_is_not_here(dtype: str, precision: str) -> None:
-    from backends.ops.kernels import _product
+@pytest.mark.parametrize("write", [False, True])
+@pytest.mark.parametrize(("dtype", "precision"), [("fp32", "bf16x6"), ("fp32", "tf32"), ("bf16", "ieee")])
+def test_convolutions_compile_for_a_gpu_that_is_not_here(dtype: str, precision: str, write: bool) -> None:
+    from backends.ops.conv_kernel import _product
 
-    constants = {"HEIGHT": 64, "WIDTH": 64, "DEPTH": 32, "PRECISION": precision}
-    pointers = {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "out_ptr": "*fp32"}
+    constants = {"HEIGHT": 64, "WIDTH": 64, "DEPTH": 32, "PRECISION": precision, "WRITE": write}
+    pointers = {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "out_ptr": f"*{dtype}" if write else "*fp32"}
     tuples = {"x_stride": 6, "y_stride": 6, **dict.fromkeys(("size", "out_size", "kernel"), 3)}
     tuples |= dict.fromkeys(("stride", "padding", "dilation"), 3)
     kinds = {**pointers, **{name: ("i32",) * length for name, length in tuples.items()}}
@@ -212,10 +278,39 @@ def test_products_compile_for_a_gpu_that_is_not_here(dtype: str, precision: str)
     from backends.ops.kernels import _squares
 
     constants = {"HEIGHT": 64, "WIDTH": 64, "DEPTH": 32, "PRECISION": precision}
-    kinds = {"left_ptr": f"*{dtype}", "right_ptr": f"*{dtype}", "out_ptr": "*fp32"}
+    kinds = {
+        "left_ptr": f"*{dtype}",
+        "right_ptr": f"*{dtype}",
+        "out_ptr": "*fp32",
+        "known_ptr": "*fp64",
+        "allowed": "fp32",
+    }
     kinds |= dict.fromkeys(("left_stride", "right_stride"), ("i32",) * 3)
     for one_tile in ({}, {"down": 1, "across": 1}):  # Triton makes a constant of 1
-        made = compiled(_squares, constants | one_tile, kinds)
+        for known in (0, 4):
+            made = compiled(_squares, constants | one_tile | {"KNOWN": known}, kinds)
+            assert "wgmma" in made.asm["ptx"]  # by tensor cores
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+def test_sums_of_inner_products_compile_for_a_gpu_that_is_not_here() -> None:
+    from backends.ops.gram_kernel import _sums
+
+    kinds = {"lefts_ptr": "*fp32", "rights_ptr": "*fp32", "out_ptr": "*fp64"}
+    kinds |= dict.fromkeys(("left_roundings", "right_roundings"), "fp32")
+    for one_block in ({}, {"blocks": 1}):  # Triton makes a constant of 1
+        assert compiled(_sums, {"ROWS": 16, "COLUMNS": 64, "SMALLEST": 1.0} | one_block, kinds).metadata.shared < 2**16
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize(("dtype", "precision"), [("fp32", "bf16x6"), ("bf16", "ieee")])
+def test_inner_products_compile_for_a_gpu_that_is_not_here(dtype: str, precision: str) -> None:
+    from backends.ops.gram_kernel import _upper
+
+    kinds = {"left_ptr": f"*{dtype}", "right_ptr": f"*{dtype}", "lefts_ptr": "*fp32", "rights_ptr": "*fp32"}
+    kinds |= dict.fromkeys(("left_stride", "right_stride"), ("i32",) * 3)
+    for one_tile in ({}, {"tiles": 1}):  # Triton makes a constant of 1
+        made = compiled(_upper, {"SIZE": 64, "DEPTH": 32, "PRECISION": precision} | one_tile, kinds)
         assert "wgmma" in made.asm["ptx"]  # by tensor cores
 
 
@@ -354,7 +449,7 @@ def test_numbers_of_a_sample_may_be_far_apart() -> None:
 
 
 def test_a_sample_that_is_too_large_for_a_kernel_is_refused() -> None:
-    from backends.ops.kernels import _within_reach
+    from backends.ops.kernels import within_reach
 
     with pytest.raises(ValueError, match="a sample of 2147483648 numbers is too large for a kernel; at most"):
-        _within_reach(torch.empty(1, device="meta").expand(2, 2**16, 2**15).contiguous())
+        within_reach(torch.empty(1, device="meta").expand(2, 2**16, 2**15).contiguous())

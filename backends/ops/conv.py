@@ -11,21 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backends import precision
 from backends.ops.choice import Way, capturing, fastest
 from backends.ops.outer import Outer, outer
 from backends.ops.persample import WIDER, Dense, Empty, PerSample, at_a_time, fresh, scaled
 from backends.ops.rules import Pieces, rule
 
 if TYPE_CHECKING:
-    from backends.ops.kernels import Product
+    from backends.ops.conv_kernel import Product
 
 IMAGES = 8
 """Times as many bytes of images as of gradients may be at work at a time: ways copy both, but gradients go on."""
 
 
 MANY = 128
-"""Output pixels a sample from which on a kernel without patches may be faster, where tensor cores multiply."""
+"""Output pixels a sample from which on a kernel without patches may be faster."""
 
 
 @dataclass
@@ -61,7 +60,8 @@ class Correlation(PerSample):
         parts = at_a_time(of.samples, of.held() // (IMAGES * max(1, of.samples)), of.like)
         if len(parts) == 1:
             ways = {way.__name__: partial(way, of) for way in self.ways()}
-            return fastest(ways, self.geometry(), of.samples, of.like)
+            kernels = {"implicit_gemm": lambda: product_of(of).grads()} if self.positions() >= MANY else None
+            return fastest(ways, self.geometry(), of.samples, of.like, kernels)
         rows = of.like.new_empty(of.samples, *of.shape)
         for part in parts:
             rows[part] = of.rows(part)
@@ -72,6 +72,10 @@ class Correlation(PerSample):
         if len(range(self.samples)[some]) == self.samples:
             return self
         return replace(self, x=self.x[some], y=self.y[some])
+
+    def positions(self) -> int:
+        """Return how many output pixels a sample has."""
+        return self.y.shape[1] * prod(self.y.shape[3:])
 
     def ways(self) -> list[Callable[["Correlation"], Tensor]]:
         """Return the ways to its gradients that there are."""
@@ -99,23 +103,25 @@ class Correlation(PerSample):
 
     def squares(self) -> Tensor:
         """Return ‖g_i‖² [N]; of small images perhaps as of a matrix that each patch went through, in the Gram form."""
-        positions, (p, *others) = self.y.shape[1] * prod(self.y.shape[3:]), self.shape
+        positions, (p, *others) = self.positions(), self.shape
         fewer = positions * (p + prod(others)) < p * prod(others)  # multiplications
         ways: dict[str, Way] = {"direct": super().squares}
         if self.groups == 1 and fewer and self.like.dtype in WIDER and not capturing(self.like):
             ways["gram"] = self.squares_by_gram
         kernels: dict[str, Way] = {}
-        if positions >= MANY and (self.like.dtype != torch.float32 or precision.tf32_allowed(self.like)):
+        if positions >= MANY:
             kernels["implicit_gemm"] = lambda: product_of(self).squares()
         if self.groups == 1:
-            kernels["patches, fused"] = self.squares_by_patches
+            kernels["patches, fused"] = partial(self.squares_by_patches, Outer.squares_fused)
+            if positions * (p + prod(others)) < 2 * p * prod(others):
+                kernels["patches, gram, fused"] = partial(self.squares_by_patches, Outer.squares_by_gram_fused)
         return fastest(ways, f"norms of {self.geometry()}", self.samples, self.like, kernels)
 
-    def squares_by_patches(self) -> Tensor:
-        """Return ‖g_i‖² [N] by a Triton kernel on patches, some samples at a time."""
+    def squares_by_patches(self, squares: Callable[[Outer], Tensor]) -> Tensor:
+        """Return ‖g_i‖² [N] by one of Triton's kernels on patches, some samples at a time."""
         numbers = prod(self.y.shape[3:]) * self.y.shape[1] * prod(self.shape[1:])
         parts = at_a_time(self.samples, numbers * self.like.element_size(), self.like)
-        return torch.cat([self.only(i).patches().squares_fused() for i in parts])
+        return torch.cat([squares(self.only(i).patches()) for i in parts])
 
     def squares_by_gram(self) -> Tensor:
         """Return ‖g_i‖² [N] by the Gram form of patches, some samples at a time."""
@@ -191,7 +197,7 @@ def by_places(of: Correlation) -> Tensor:
 
 def product_of(of: Correlation) -> "Product":
     """Return what a Triton kernel computes."""
-    from backends.ops.kernels import Product  # triton need not be installed
+    from backends.ops.conv_kernel import Product  # triton need not be installed
 
     return Product(of.x, of.y, of.shape[2:], of.stride, of.padding, of.dilation, of.groups)
 

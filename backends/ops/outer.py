@@ -11,6 +11,9 @@ from backends.derived import squares_of, wide
 from backends.ops.choice import capturing, fastest
 from backends.ops.persample import WIDER, Empty, PerSample, at_a_time, bytes_at_a_time, fresh, scaled
 
+MANY = 64
+"""Vectors from which on a kernel may be faster that makes half of their inner products."""
+
 
 @dataclass
 class Outer(PerSample):
@@ -18,9 +21,9 @@ class Outer(PerSample):
 
     ‖g_i‖² costs T·p·d by way of g_i, and T²·(p + d) as Σ_ts ⟨left_t, left_s⟩ ⟨right_t, right_s⟩, the Gram form; where
     that is less, the faster of the two is found by measuring. The sum cancels where the vectors do (activations with a
-    large mean, gradients with none), so it is taken in a wider dtype and its rounding is bounded:
-    |error| ≤ (p + d + T²) u (Σ_t ‖left_t‖ ‖right_t‖)², u the wider dtype's roundoff.
-    Samples where that is more than the roundoff of the result, negative sums among them, are taken by way of g_i.
+    large mean, gradients with none). So it is taken in a wider dtype and its rounding is bounded,
+    |error| ≤ (p + d + T²) u (Σ_t ‖left_t‖ ‖right_t‖)², u the wider dtype's roundoff, or on a GPU estimated from what is
+    summed. Samples where that is more than shows in the result, negative sums among them, are taken by way of g_i.
     float64 has no wider dtype: there all are.
 
     Attributes:
@@ -53,6 +56,10 @@ class Outer(PerSample):
         if positions * (p + d) < p * d and self.like.dtype in WIDER and not capturing(self.like):
             ways["gram"] = self.squares_by_gram
         kernels = {"fused": self.squares_fused}
+        if positions * (p + d) < 2 * p * d:  # half of that is multiplied
+            kernels["gram, fused"] = self.squares_by_gram_fused
+            if positions >= MANY and self.like.dtype == torch.float32:
+                kernels["half of gram, fused"] = partial(self.squares_by_gram_fused, by_kernel=True)
         return fastest(ways, f"norms of {self.geometry()}", self.samples, self.like, kernels)
 
     def variance(self) -> Tensor:
@@ -100,6 +107,12 @@ class Outer(PerSample):
 
         return squares_of_products(self.left, self.right)
 
+    def squares_by_gram_fused(self, by_kernel: bool = False) -> Tensor:
+        """Return ‖g_i‖² [N] by Triton kernels in the Gram form, but for samples where its rounding might show."""
+        from backends.ops.gram_kernel import squares_by_gram  # triton need not be installed
+
+        return squares_by_gram(self.left, self.right, _shows(self.like), by_kernel)
+
     def squares_by_gram(self) -> Tensor:
         """Return ‖g_i‖² [N] by the Gram form, but for samples where it cancels."""
         (positions, p), d, wider = self.left.shape[1:], self.right.shape[2], WIDER[self.like.dtype]
@@ -114,6 +127,13 @@ class Outer(PerSample):
                 squares[doubtful] = squares_of(outer(left[doubtful], right[doubtful]))
             found.append(squares.to(wide(self.like.dtype)))
         return torch.cat(found)
+
+
+def _shows(like: Tensor) -> float:
+    """Return the relative error of a square that shows beside what else is rounded."""
+    if precision.tf32_allowed(like):
+        return 2.0**-11
+    return max(2.0**-16, torch.finfo(like.dtype).eps / 2)  # in float32, 64 roundings of a norm
 
 
 def _norms(vectors: Tensor) -> Tensor:
