@@ -266,6 +266,14 @@ class TestCompare:
         assert {r.status for r in records} == {"unsupported"}
         assert all(r.reason.startswith("the problem: ") and reason in r.reason for r in records)
 
+    def test_a_problem_that_does_not_fit_into_memory_is_not_one_without_gradients(self) -> None:
+        def greedy(s: nn.Module, x: torch.Tensor) -> torch.Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 192.00 MiB")
+
+        records = compare(Functional(greedy, a=nn.Linear(5, 2))).records
+        assert {r.status for r in records} == {"oom"}
+        assert all(r.reason.startswith("the problem: CUDA out of memory. Tried") for r in records)
+
     def test_loss_that_is_reduced_says_how_to_mend_it(self) -> None:
         report = testbed.compare(mlp(), nn.CrossEntropyLoss(), torch.ones(4, 5), torch.zeros(4, dtype=torch.long))
         assert all("use reduction='none'" in r.reason for r in report.records)

@@ -138,6 +138,18 @@ def test_a_backend_is_right_or_refuses(backend: str, name: str, quantity: str) -
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_rows_that_are_no_samples_are_found_before_some_are_asked_for() -> None:
+    """On CUDA, an index beyond them would end the process."""
+    try:
+        backend_class("backpack").load()
+    except Unavailable as absence:
+        pytest.skip(str(absence))
+    build, inputs, dtype = CASES["one sample in eight has an expert of its own"]
+    fn = get_backend("backpack").variance(build().to(DEVICE, dtype), squares)
+    with pytest.raises(Unsupported, match=r"`a` \(Linear\): 28 row\(s\) go in for 32 samples"):
+        fn(apply(lambda t: t.to(DEVICE), inputs), torch.ones(32, device=DEVICE, dtype=dtype))
+
+
 @pytest.mark.parametrize("backend", ["opacus", "expanded_weights", "backpack"])
 def test_a_gradient_that_is_rounding_is_no_reason_to_refuse(backend: str) -> None:
     try:

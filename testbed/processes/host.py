@@ -113,8 +113,14 @@ class Host:
 
         Raises:
             Unsupported: See `refuse_without_gradients`.
+            Failed: There is too little memory for it, which says nothing of the problem.
         """
-        refuse_without_gradients(self._made[0])
+        try:
+            refuse_without_gradients(self._made[0])
+        except Exception as error:
+            if not lack_of_memory(error):
+                raise
+            raise Failed.of(error) from error
 
     def begin(self, quantity: str, options: Mapping[str, Any]) -> None:
         """Begin with a quantity; what the one before has built is let go."""
