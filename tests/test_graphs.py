@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -119,3 +120,35 @@ def test_what_is_recorded_has_choices_of_its_own(monkeypatch: pytest.MonkeyPatch
     assert [value for key, value in found.items() if "in a CUDA graph" in key] == ["many launches"]
     assert set(slow) == {True, False}
     assert not graphs.ahead()
+
+
+def test_ways_for_a_graph_are_timed_while_the_device_is_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events are recorded on both sides of the second call, after the device was told to wait for the host."""
+    said: list[Any] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            said.append("event")
+
+        def synchronize(self) -> None:
+            said.append("wait")
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 3.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda t: nullcontext())
+    monkeypatch.setattr(torch.cuda, "_sleep", said.append)
+    assert choice._on_device(lambda: said.append("call"), torch.zeros(1)) == 0.003
+    held = said.pop(1)
+    assert said == ["call", "event", "call", "event", "wait"]
+    assert isinstance(held, int)
+    assert 0 < held < choice.CYCLES * choice.HELD_BACK
+
+    def too_large() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert choice._on_device(too_large, torch.zeros(1)) == float("inf")

@@ -31,7 +31,8 @@ _TRACING = False
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 COMPARED = 2**26  # bytes of what a kernel makes, at either end: there may be no room for all of it a second time
-HELD_BACK = 4_000_000  # cycles, some two milliseconds
+CYCLES = 2e9  # of a GPU in a second, or fewer
+HELD_BACK = 0.02  # seconds at most: a first call may compile
 TRIES = 5  # of each way, in turn: the first one may compile, allocate, or pick a kernel
 
 
@@ -174,12 +175,15 @@ def timed(way: Callable[[], object], like: Tensor) -> float:
 
 
 def _on_device(way: Callable[[], object], like: Tensor) -> float:
-    """Return how many seconds a way takes the device, which is held back until the host has launched it."""
+    """Return how many seconds a way takes the device, which is held back until the host has launched all of it."""
     found = [float("inf")]
 
     def run() -> None:
+        begun = time.perf_counter()
+        way()
+        host = time.perf_counter() - begun
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(HELD_BACK)
+        torch.cuda._sleep(int(CYCLES * min(2 * host, HELD_BACK)))
         start.record()
         way()
         end.record()
