@@ -241,7 +241,7 @@ def test_it_is_right_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "63 passed" in done.stdout
+    assert "64 passed" in done.stdout
 
 
 def compiled(kernel: Any, constants: dict[str, Any], kinds: dict[str, Any]) -> Any:
@@ -453,3 +453,11 @@ def test_a_sample_that_is_too_large_for_a_kernel_is_refused() -> None:
 
     with pytest.raises(ValueError, match="a sample of 2147483648 numbers is too large for a kernel; at most"):
         within_reach(torch.empty(1, device="meta").expand(2, 2**16, 2**15).contiguous())
+
+
+def test_more_vectors_than_inner_products_can_be_counted_are_refused() -> None:
+    from backends.ops.gram_kernel import squares_by_gram
+
+    vectors = torch.empty(1, 2**16, 1, device="meta", dtype=torch.float32)
+    with pytest.raises(ValueError, match="65536 vectors of a sample are too many for a kernel; at most 46340"):
+        squares_by_gram(vectors, vectors, 1.0)

@@ -14,7 +14,7 @@ Samples whose estimate is more than the caller allows are taken by way of the pr
 the others. So nothing waits for the host, and a CUDA graph can record it.
 """
 
-from math import sqrt
+from math import isqrt, sqrt
 
 import torch
 import triton
@@ -24,6 +24,7 @@ from torch import Tensor
 from backends import precision
 from backends.ops.kernels import (
     DEPTH,
+    FARTHEST,
     LARGEST,
     STAGES,
     exact,
@@ -48,7 +49,12 @@ def squares_by_gram(left: Tensor, right: Tensor, allowed: float, by_kernel: bool
         right: On the same device.
         allowed: The largest estimate of the rounding, relative to the result, with which the Gram form is taken.
         by_kernel: Whether the kernel makes inner products: as exactly as in float32, also where TF32 is allowed.
+
+    Raises:
+        ValueError: There are too many vectors for their inner products to be counted in 32 bits.
     """
+    if left.shape[1] ** 2 > FARTHEST:
+        raise ValueError(f"{left.shape[1]} vectors of a sample are too many for a kernel; at most {isqrt(FARTHEST)}")
     if left.shape[2] < right.shape[2]:
         left, right = right, left  # what takes longer is begun first
     left, right = within_reach(left), within_reach(right)

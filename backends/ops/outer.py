@@ -56,7 +56,7 @@ class Outer(PerSample):
         if positions * (p + d) < p * d and self.like.dtype in WIDER and not capturing(self.like):
             ways["gram"] = self.squares_by_gram
         kernels = {"fused": self.squares_fused}
-        if positions * (p + d) < 2 * p * d:  # half of that is multiplied
+        if 0 < positions * (p + d) < 2 * p * d:  # half of that is multiplied
             kernels["gram, fused"] = self.squares_by_gram_fused
             if positions >= MANY and self.like.dtype == torch.float32:
                 kernels["half of gram, fused"] = partial(self.squares_by_gram_fused, by_kernel=True)
