@@ -22,7 +22,6 @@ WARM_UPS = (
 
 _RECORDING: ContextVar[bool] = ContextVar("recording", default=False)
 
-
 _AHEAD = False  # no ContextVar: on CUDA, autograd runs the backward pass in a thread of its own
 
 

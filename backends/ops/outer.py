@@ -131,7 +131,7 @@ class Outer(PerSample):
 
 def _shows(like: Tensor) -> float:
     """Return the relative error of a square that shows beside what else is rounded."""
-    if precision.tf32_allowed(like):
+    if like.is_cuda and like.dtype == torch.float32 and precision.tf32_in_products():
         return 2.0**-11
     return max(2.0**-16, torch.finfo(like.dtype).eps / 2)  # in float32, 64 roundings of a norm
 
