@@ -122,9 +122,9 @@ def test_norms_of_products_are_those_of_float64(positions: int, p: int, d: int, 
     assert (found.double() / exact - 1).abs().max() <= 1e-6
 
 
-def where_the_gram_form_cancels(positions: int = 70) -> tuple[Tensor, Tensor]:
+def where_the_gram_form_cancels(widths: tuple[int, int] = (24, 40)) -> tuple[Tensor, Tensor]:
     """Return vectors that have hardly a sum, and others that hardly differ."""
-    left, right = torch.randn(N, positions, 24, device=DEVICE), torch.randn(N, positions, 40, device=DEVICE)
+    left, right = (torch.randn(N, 70, width, device=DEVICE) for width in widths)
     return left - left.mean(1, keepdim=True), 1 + 1e-2 * right
 
 
@@ -146,17 +146,39 @@ def test_norms_by_the_gram_form_are_those_of_float64(
 
 
 @runs
+@pytest.mark.parametrize("widths", [(24, 40), (40, 24)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_where_the_gram_form_cancels_it_is_not_taken(dtype: torch.dtype) -> None:
+def test_where_the_gram_form_cancels_it_is_not_taken(dtype: torch.dtype, widths: tuple[int, int]) -> None:
     from backends.ops.gram_kernel import squares_by_gram
 
-    left, right = (t.to(dtype) for t in where_the_gram_form_cancels())
+    left, right = (t.to(dtype) for t in where_the_gram_form_cancels(widths))
     exact = (left.double().mT @ right.double()).flatten(1).square().sum(1)
     for by_kernel in (False, True):
         cancelled = squares_by_gram(left, right, allowed=torch.inf, by_kernel=by_kernel)
         assert (cancelled.double() / exact - 1).abs().max() > 5e-5
         found = Outer(left, right).squares_by_gram_fused(by_kernel)
         assert (found.double() / exact - 1).abs().max() <= 1e-5
+
+
+@runs
+@pytest.mark.parametrize("widths", [(24, 40), (40, 24)])
+@pytest.mark.parametrize("by_kernel", [False, True])
+def test_the_estimate_is_what_the_formula_says(by_kernel: bool, widths: tuple[int, int]) -> None:
+    from backends.ops.gram_kernel import squares_by_gram
+    from backends.ops.kernels import squares_of_products
+
+    left, right = (t[:1] for t in where_the_gram_form_cancels(widths))
+    inner = [t[0].double() @ t[0].double().mT for t in (left, right)]
+    lengths = [t.diagonal().sqrt()[:, None] * t.diagonal().sqrt() for t in inner]
+    off = [lengths[k] * inner[1 - k] * 2.0**-24 * widths[k] ** 0.5 for k in (0, 1)]
+    error = (
+        (2 * (off[0].square() + off[1].square()).triu(1)).sum() * 2 + (off[0].square() + off[1].square()).trace()
+    ).sqrt()
+    estimate = float(error / (inner[0] * inner[1]).sum())
+    product, by_gram = squares_of_products(left, right), squares_by_gram(left, right, torch.inf, by_kernel)
+    assert (product / by_gram - 1).abs() > 5e-5
+    assert torch.equal(squares_by_gram(left, right, 1.01 * estimate, by_kernel), by_gram)
+    assert (squares_by_gram(left, right, 0.99 * estimate, by_kernel) / product - 1).abs() <= 1e-6
 
 
 @runs
@@ -242,7 +264,7 @@ def test_it_is_right_in_the_interpreter() -> None:
     command += ["-W", "ignore:Conversion of an array:DeprecationWarning"]  # Triton 3.6's own, before NumPy 2.4
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "64 passed" in done.stdout
+    assert "70 passed" in done.stdout
 
 
 def compiled(kernel: Any, constants: dict[str, Any], kinds: dict[str, Any]) -> Any:

@@ -158,7 +158,7 @@ def _squares(  # type: ignore[no-untyped-def]
         known_ptr += sample * 2 * addends
         known = tl.sum(tl.load(known_ptr + each, mask=each < addends, other=0.0), 0)
         error = tl.sum(tl.load(known_ptr + addends + each, mask=each < addends, other=0.0), 0)
-        sure = (known > 0) & (error <= allowed * allowed * known * known)  # not where it is NaN
+        sure = error < allowed * allowed * known * known  # not where one is infinite or NaN
         length = tl.where(sure, 0, length)
     for start in range(0, length, DEPTH):
         t = start + tl.arange(0, DEPTH)
