@@ -151,10 +151,9 @@ def _extended(
     parameters = trainable(model)
     _refuse_options(model, rules)
     counts: dict[str, int] = {}
-    for path, module in model.named_modules():
-        if any(p.requires_grad for p in module.parameters(recurse=False)):
-            extend(module)
-            module.register_forward_hook(partial(_count, counts, describe(path, module)))
+    for path, module in _trained(model):
+        extend(module)
+        module.register_forward_hook(partial(_count, counts, describe(path, module)))
 
     def run(inputs: Batch, targets: Tensor, extensions: Sequence[Any], samples: Sequence[int]) -> list[Named]:
         results: list[Named] = []
@@ -198,14 +197,18 @@ def _refuse_others(counts: Mapping[str, int], samples: int) -> None:
             )
 
 
+def _trained(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the modules that own parameters which are trained, with their paths: those that are extended."""
+    return [(path, m) for path, m in model.named_modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
+
+
 def _hooked(model: nn.Module) -> list[Hooked]:
-    return [Hooked(m) for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
+    return [Hooked(module) for _, module in _trained(model)]
 
 
 def _refuse_options(model: nn.Module, rules: Sequence[Wrong]) -> None:
     """Refuse the layer options that BackPACK does not look at."""
-    for path, module in model.named_modules():
-        if any(p.requires_grad for p in module.parameters(recurse=False)):
-            for wrong in rules:
-                if guarded() and (reason := wrong(module)):
-                    raise Unsupported(f"{describe(path, module, options=True)}: {reason}")
+    for path, module in _trained(model):
+        for wrong in rules:
+            if guarded() and (reason := wrong(module)):
+                raise Unsupported(f"{describe(path, module, options=True)}: {reason}")

@@ -18,6 +18,7 @@ from backends import available, get_backend, reference
 from backends.base import BACKENDS, Unsupported
 from testbed.problems import DATA, LOSSES, MODELS
 from tests.cases import Case, cases
+from tests.precisions import tf32
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
@@ -100,4 +101,11 @@ def own_random_state() -> Iterator[None]:
     """Let a test draw from the global random state: from seed 0, and from a state of its own."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
+        yield
+
+
+@pytest.fixture
+def exact_float32() -> Iterator[None]:
+    """Let nothing be rounded to TF32."""
+    with tf32(False):
         yield

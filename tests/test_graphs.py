@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from backends import graphs
 from backends.base import Unsupported
-from backends.ops import choice
 from backends.running import kept_random_state
 from backends.shortage import lack_of_memory
 
@@ -98,57 +96,3 @@ def test_what_the_host_draws_while_recording_is_given_back() -> None:
     with graphs._recorded(), kept_random_state(torch.nn.Identity()):
         torch.rand(1)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_what_is_recorded_has_choices_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launches count in a call, and cost next to nothing in a graph."""
-    slow = []
-
-    def measured(way: object, like: Tensor) -> float:
-        slow.append(graphs.ahead())
-        return float(way == ways["few launches"]) if graphs.ahead() else float(way == ways["many launches"])
-
-    monkeypatch.setattr(choice, "timed", measured)
-    ways = {"few launches": lambda: torch.zeros(1), "many launches": lambda: torch.ones(1)}
-    recorded = SimpleNamespace(replay=lambda inputs, targets: choice.fastest(ways, "one thing", 1, targets))
-    monkeypatch.setattr(graphs, "_record", lambda fn, *call: (fn(*call), recorded)[1])
-    call = graphs.graphed(lambda inputs, targets: choice.fastest(ways, "one thing", 1, targets))
-    assert call(torch.zeros(1), torch.zeros(1)).item() == 0  # a replay does not choose anew
-    assert choice.fastest(ways, "one thing", 1, torch.zeros(1)).item() == 0
-    found = {key: choice.CHOSEN.pop(key) for key in list(choice.CHOSEN) if key.startswith("one thing")}
-    assert sorted(found.values()) == ["few launches", "many launches"]
-    assert [value for key, value in found.items() if "in a CUDA graph" in key] == ["many launches"]
-    assert set(slow) == {True, False}
-    assert not graphs.ahead()
-
-
-def test_ways_for_a_graph_are_timed_while_the_device_is_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Events are recorded on both sides of the second call, after the device was told to wait for the host."""
-    said: list[Any] = []
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self) -> None:
-            said.append("event")
-
-        def synchronize(self) -> None:
-            said.append("wait")
-
-        def elapsed_time(self, end: "Event") -> float:
-            return 3.0
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "device_of", lambda t: nullcontext())
-    monkeypatch.setattr(torch.cuda, "_sleep", said.append)
-    assert choice._on_device(lambda: said.append("call"), torch.zeros(1)) == 0.003
-    held = said.pop(1)
-    assert said == ["call", "event", "call", "event", "wait"]
-    assert isinstance(held, int)
-    assert 0 < held < choice.CYCLES * choice.HELD_BACK
-
-    def too_large() -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    assert choice._on_device(too_large, torch.zeros(1)) == float("inf")

@@ -59,11 +59,11 @@ def squares_by_gram(left: Tensor, right: Tensor, allowed: float, by_kernel: bool
         left, right = right, left  # what takes longer is begun first
     left, right = within_reach(left), within_reach(right)
     parts = at_a_time(len(left), 8 * left.shape[1] ** 2, left)
-    found = [_squares(left[some], right[some], allowed, by_kernel) for some in parts]
+    found = [_of_some(left[some], right[some], allowed, by_kernel) for some in parts]
     return torch.cat(found) if len(found) > 1 else found[0]
 
 
-def _squares(left: Tensor, right: Tensor, allowed: float, by_kernel: bool) -> Tensor:
+def _of_some(left: Tensor, right: Tensor, allowed: float, by_kernel: bool) -> Tensor:
     (n, length, p), d = left.shape, right.shape[2]
     rows, columns = fitting(length, ROWS), fitting(length, COLUMNS)
     blocks = triton.cdiv(length, rows)

@@ -1,0 +1,105 @@
+"""Norms in the Gram form by Triton kernels, and the estimate of their rounding; run as `test_kernels.py` is."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from backends.ops.outer import Outer
+from tests.cases import DEVICE
+from tests.precisions import INTERPRETED, N, runs
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("exact_float32", "own_random_state")
+
+
+def where_the_gram_form_cancels(widths: tuple[int, int] = (24, 40)) -> tuple[Tensor, Tensor]:
+    """Return vectors that have hardly a sum, and others that hardly differ."""
+    left, right = (torch.randn(N, 70, width).to(DEVICE) for width in widths)
+    return left - left.mean(1, keepdim=True), 1 + 1e-2 * right
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])])
+@pytest.mark.parametrize("form", ["samples first", "positions last"])
+@pytest.mark.parametrize(("positions", "p", "d"), [(5, 3, 17), (70, 150, 40), (150, 16, 20)])
+def test_norms_by_the_gram_form_are_those_of_float64(
+    positions: int, p: int, d: int, form: str, dtype: torch.dtype
+) -> None:
+    left, right = (torch.randn(N, positions, width).to(DEVICE, dtype) for width in (p, d))
+    if form == "positions last":
+        left, right = (t.mT.contiguous().mT for t in (left, right))
+    exact = (left.double().mT @ right.double()).flatten(1).square().sum(1)
+    for by_kernel in (False, True):
+        found = Outer(left, right).squares_by_gram_fused(by_kernel)
+        assert found.dtype == torch.float32
+        assert (found.double() / exact - 1).abs().max() <= 1e-6
+
+
+@runs
+@pytest.mark.parametrize("widths", [(24, 40), (40, 24)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_where_the_gram_form_cancels_it_is_not_taken(dtype: torch.dtype, widths: tuple[int, int]) -> None:
+    from backends.ops.gram_kernel import squares_by_gram
+
+    left, right = (t.to(dtype) for t in where_the_gram_form_cancels(widths))
+    exact = (left.double().mT @ right.double()).flatten(1).square().sum(1)
+    for by_kernel in (False, True):
+        cancelled = squares_by_gram(left, right, allowed=torch.inf, by_kernel=by_kernel)
+        assert (cancelled.double() / exact - 1).abs().max() > 5e-5
+        found = Outer(left, right).squares_by_gram_fused(by_kernel)
+        assert (found.double() / exact - 1).abs().max() <= 1e-5
+
+
+@runs
+@pytest.mark.parametrize("widths", [(24, 40), (40, 24)])
+@pytest.mark.parametrize("by_kernel", [False, True])
+def test_the_estimate_is_what_the_formula_says(by_kernel: bool, widths: tuple[int, int]) -> None:
+    from backends.ops.gram_kernel import squares_by_gram
+    from backends.ops.kernels import squares_of_products
+
+    left, right = (t[:1] for t in where_the_gram_form_cancels(widths))
+    inner = [t[0].double() @ t[0].double().mT for t in (left, right)]
+    lengths = [t.diagonal().sqrt()[:, None] * t.diagonal().sqrt() for t in inner]
+    off = [lengths[k] * inner[1 - k] * 2.0**-24 * widths[k] ** 0.5 for k in (0, 1)]
+    error = (
+        (2 * (off[0].square() + off[1].square()).triu(1)).sum() * 2 + (off[0].square() + off[1].square()).trace()
+    ).sqrt()
+    estimate = float(error / (inner[0] * inner[1]).sum())
+    product, by_gram = squares_of_products(left, right), squares_by_gram(left, right, torch.inf, by_kernel)
+    assert (product / by_gram - 1).abs() > 5e-5
+    assert torch.equal(squares_by_gram(left, right, 1.01 * estimate, by_kernel), by_gram)
+    assert (squares_by_gram(left, right, 0.99 * estimate, by_kernel) / product - 1).abs() <= 1e-6
+
+
+@runs
+def test_samples_are_in_doubt_each_for_itself() -> None:
+    from backends.ops.gram_kernel import squares_by_gram
+    from backends.ops.kernels import squares_of_products
+
+    left, right = where_the_gram_form_cancels()
+    left[1], right[1] = (torch.randn(t.shape[1:]).to(DEVICE) for t in (left, right))
+    found, product = squares_by_gram(left, right, 2.0**-17), squares_of_products(left, right)
+    assert ((found / product - 1).abs() <= 1e-6).all()
+    by_gram = squares_by_gram(left, right, torch.inf)
+    assert (found == by_gram).tolist() == [False, True, False]
+
+
+@runs
+@pytest.mark.parametrize("value", [0.0, 1e-21, *([] if INTERPRETED else [1e-30, torch.inf, torch.nan])])
+def test_what_float32_cannot_bear_is_in_doubt(value: float) -> None:
+    """Inner products of small vectors are zeros, with no error to be seen, though others make up for their size."""
+    left, right = (torch.randn(N, 20, width).to(DEVICE) for width in (8, 4))
+    left[1] *= value
+    right[1] *= min(1e18, 1e-3 / value) if 0 < value < 1 else 1
+    exact = (left.double().mT @ right.double()).flatten(1).square().sum(1)
+    found = Outer(left, right).squares_by_gram_fused().double()
+    assert found.isfinite().tolist() == exact.isfinite().tolist()
+    assert ((found - exact).abs() <= 1e-5 * exact)[exact.isfinite()].all()
+
+
+def test_more_vectors_than_inner_products_can_be_counted_are_refused() -> None:
+    from backends.ops.gram_kernel import squares_by_gram
+
+    vectors = torch.empty(1, 2**16, 1, device="meta", dtype=torch.float32)
+    with pytest.raises(ValueError, match="65536 vectors of a sample are too many for a kernel; at most 46340"):
+        squares_by_gram(vectors, vectors, 1.0)
