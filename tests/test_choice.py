@@ -155,3 +155,13 @@ def test_ways_for_a_graph_are_timed_while_the_device_is_held_back(monkeypatch: p
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     assert choice._on_device(too_large, torch.zeros(1)) == float("inf")
+
+
+def test_what_is_recorded_is_timed_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "_on_device", lambda way, like: 7.0)
+    monkeypatch.setattr(choice, "_wait", lambda like: None)
+    on_gpu: Any = SimpleNamespace(is_cuda=True)
+    assert choice.timed(lambda: None, on_gpu) != 7
+    with graphs._is_ahead():
+        assert choice.timed(lambda: None, on_gpu) == 7
+        assert choice.timed(lambda: None, torch.zeros(1)) != 7
