@@ -9,7 +9,7 @@ from backends.base import Unsupported
 from testbed.cell import Cell
 from testbed.group import Emit, Group
 from testbed.outcome import Outcome
-from testbed.processes.child import Isolation, with_default
+from testbed.processes.child import Isolation, on_device
 from testbed.processes.host import Failed, Make, Setup
 from testbed.processes.hosts import HOUSE, Children, Hosts, InProcess
 from testbed.progress import Progress, Silent
@@ -77,4 +77,4 @@ def run(
 
 
 def _hosts(setup: Setup, isolation: Isolation | None, device: torch.device, labels: Sequence[str]) -> Hosts:
-    return Children(setup, with_default(isolation, device), labels) if isolation else InProcess(setup)
+    return Children(setup, on_device(isolation, device), labels) if isolation else InProcess(setup)

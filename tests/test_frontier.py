@@ -20,6 +20,7 @@ from testbed.cell import Cell
 from testbed.config.experiment import Experiment
 from testbed.frontier import FINAL, PRECISION, Frontier, Try, plan, search
 from testbed.outcome import status_of
+from tests.cases import DEVICE
 from tests.processes import LONG, SMALL, family, gone, start, wait_for
 
 sizes = st.integers(1, 10**6)
@@ -129,23 +130,23 @@ def plant(name, deed):
         def grads(self, model, loss_fn):
             right = get_backend("vmap").grads(model, loss_fn)
             def fn(inputs, targets):
-                held = deed(len(targets))
+                held = deed(targets)
                 return right(inputs, targets)
             return fn
     Planted.__qualname__ = f"planted {name}"
 
-def above_one(n):
-    if n > 1:
-        raise MemoryError(f"no room for {n}")
+def above_one(on):
+    if len(on) > 1:
+        raise MemoryError(f"no room for {len(on)}")
 
-def refuse(n):
+def refuse(on):
     raise Unsupported("`model`: not today")
 
 plant("above_one", above_one)
-plant("needs_memory", lambda n: torch.empty(n, 3_000_000_000, dtype=torch.uint8))
+plant("needs_memory", lambda on: torch.empty(len(on), 3_000_000_000, dtype=torch.uint8, device=on.device))
 plant("refuses", refuse)
 """
-LIMITED = f"""{SMALL}
+LIMITED = f"""{SMALL.replace("cpu", DEVICE.type)}
 limits: {{timeout_s: 60, memory_gb: 5}}
 backends: [above_one, needs_memory, refuses]
 """
@@ -190,7 +191,7 @@ def test_every_try_is_on_disk_with_status_and_reason(ran: Ran) -> None:
         ("needs_memory", 1, "ok"),
         ("refuses", 2, "unsupported"),
     ]
-    assert "can't allocate memory" in ran.tries[3]["reason"]
+    assert ("CUDA out of memory" if DEVICE.type == "cuda" else "can't allocate memory") in ran.tries[3]["reason"]
     assert ran.tries[3]["reason"].endswith("(limits.memory_gb: 5)")
     assert all((t["per_sample_s"] is not None) == (t["status"] == "ok") for t in ran.tries)
     assert all(t["problem"]["batch_size"] == t["n"] for t in ran.tries)

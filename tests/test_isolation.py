@@ -4,11 +4,15 @@ import re
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from testbed.processes import autopsy
+from testbed.processes.child import Child, Isolation
+from testbed.processes.serving import limit_memory
 from testbed.records import Record
 from tests.processes import LONG, SMALL, family, gone, records, start
 
@@ -108,6 +112,33 @@ def test_the_next_cell_of_a_failed_backend_has_a_fresh_child(tmp_path: Path) -> 
         "first_segfault norms": "ok",
         "first_cuda_memory norms": "ok",
     }
+
+
+@pytest.mark.parametrize(("memory_gb", "share"), [(28, 0.2), (280, 1.0)])
+def test_on_a_gpu_the_limit_is_a_share_of_its_memory(
+    memory_gb: float, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real one is `tests/test_frontier.py`'s, where there is CUDA."""
+    set_to: list[tuple[float, int | None]] = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=140 * 10**9))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *what: set_to.append(what))
+    limit_memory(memory_gb, torch.device("cuda"))
+    assert set_to == [(share, None)]
+
+
+@pytest.mark.parametrize(
+    ("device", "reason", "named"),
+    [
+        ("cpu", "can't allocate memory", True),
+        ("cpu", "CUDA out of memory", False),
+        ("cuda", "CUDA out of memory", True),
+        ("cuda", "can't allocate memory", False),
+    ],
+)
+def test_a_lack_of_memory_names_the_limit_that_it_met(device: str, reason: str, named: bool) -> None:
+    child = Child.__new__(Child)
+    child._isolation = Isolation(memory_gb=5, device=torch.device(device))
+    assert child._with_limit(reason) == reason + " (limits.memory_gb: 5)" * named
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from testbed.config.load import load_experiment
 from testbed.config.yaml_source import ConfigError
 from testbed.frontier import MOST, PRECISION, Explorer, Frontier, plan
 from testbed.problems import ProblemError
-from testbed.processes.child import with_default
+from testbed.processes.child import on_device
 from testbed.progress import progress
 from testbed.records import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, RecordFile
 from testbed.report import draw, units
@@ -38,7 +38,7 @@ EPILOG = f"""examples:
 
 N is doubled until a batch does not fit, then bisected: one {100 * PRECISION:.0f} % larger (or one sample larger)
 was tried too and does not fit. Each try has a fresh process, prepares, and calls twice; the second call is timed.
-limits.memory_gb bounds a try on a CPU (left out: nine tenths of what is free), the GPU's own memory on CUDA.
+limits.memory_gb bounds a try: on a CPU, left out, it is nine tenths of what is free, on CUDA all that the GPU has.
 limits.timeout_s ends a try; there is no bisection then. The experiment's batch_size, train_steps, agreement and
 expect are not used: no result is checked here.
 
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
     chosen = [*options.set, *([f"device={options.device}"] if options.device else [])]
     experiment = load_experiment(options.experiment, chosen, [n for n in options.only.split(",") if n])
     device, name = resolve_device(experiment.device), options.experiment.stem
-    isolation = with_default(isolated(experiment, options.plugin), device)
+    isolation = on_device(isolated(experiment, options.plugin), device)
     folder = RunFolder.create(options.out or Path("runs") / f"frontier-{name}-{time.strftime('%Y%m%d-%H%M%S')}", FILE)
     folder.describe(experiment, device)
     memory = f"{isolation.memory_gb:g} GB of memory" if isolation.memory_gb else "the device's memory"

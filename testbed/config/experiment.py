@@ -68,7 +68,8 @@ class Limits(_Frozen):
     timeout_s: Annotated[float, Field(gt=0)] = Field(600.0, description="Seconds for a step of a cell.")
     memory_gb: Annotated[float, Field(gt=0)] | None = Field(
         None,
-        description="GB of host memory a process may take (Linux); on a CPU nine tenths of what is free if left out.",
+        description="GB of its device's memory a process may take: of a GPU's on CUDA, of the host's on a CPU (Linux; "
+        "nine tenths of what is free if left out).",
     )
 
 

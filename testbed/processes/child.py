@@ -32,6 +32,7 @@ from testbed.timing import Sample
 STARTUP_S = 300.0  # to import PyTorch on a machine that is busy; no step is charged for it
 CLOSING_S = 1.0  # between the end of a process' pipe and its own end
 FREE = 0.9  # of the memory that is free, for one child: the rest of the system goes on
+CPU = torch.device("cpu")
 CGROUP = Path("/sys/fs/cgroup/memory.max")
 SPAWN = multiprocessing.get_context("spawn")
 WORDS = {
@@ -52,17 +53,20 @@ class Isolation:
 
     Attributes:
         timeout_s: Seconds for a step.
-        memory_gb: GB of host memory; no limit if None.
+        memory_gb: GB of the device's memory; no limit if None.
         plugins: Files that register what cells and problems name.
+        device: Where they compute.
     """
 
     timeout_s: float = 600.0
     memory_gb: float | None = None
     plugins: tuple[str, ...] = ()
+    device: torch.device = CPU
 
 
-def with_default(isolation: Isolation, device: torch.device) -> Isolation:
-    """Return the isolation with a limit on host memory; on a CPU nine tenths of what is free, if none was given."""
+def on_device(isolation: Isolation, device: torch.device) -> Isolation:
+    """Return the isolation on a device; a CPU's limit is nine tenths of the free memory, if none was given."""
+    isolation = replace(isolation, device=device)
     if isolation.memory_gb is not None or device.type != "cpu":
         return isolation
     free = psutil.virtual_memory().available
@@ -79,7 +83,7 @@ class Child:
         self._pipe, theirs = SPAWN.Pipe()
         reader, writer = SPAWN.Pipe(duplex=False)
         self._oom_kills = autopsy.oom_kills()
-        about = pickle.dumps((setup, torch.get_num_threads(), isolation.memory_gb))
+        about = pickle.dumps((setup, torch.get_num_threads(), isolation.memory_gb, isolation.device))
         self._process = SPAWN.Process(target=serve, args=(theirs, writer, isolation.plugins, about))
         try:
             with held_back():  # until it is in a group of its own, it would die of a Ctrl-C with many words
@@ -200,8 +204,8 @@ class Child:
         return outcome
 
     def _with_limit(self, reason: str) -> str:
-        limit = self._isolation.memory_gb
-        return f"{reason} (limits.memory_gb: {limit:g})" if limit and "CUDA" not in reason else reason
+        limit, on_gpu = self._isolation.memory_gb, self._isolation.device.type == "cuda"
+        return f"{reason} (limits.memory_gb: {limit:g})" if limit and ("CUDA" in reason) == on_gpu else reason
 
 
 def _no_answer() -> NoReturn:

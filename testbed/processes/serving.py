@@ -36,19 +36,31 @@ def serve(pipe: Connection, output: Connection, plugins: Sequence[str], about: b
     faulthandler.enable()  # a crash says where
     for plugin in plugins:
         load_plugin(plugin)
-    setup, threads, memory_gb = pickle.loads(about)  # only now: it may hold what a plug-in defines
+    setup, threads, memory_gb, device = pickle.loads(about)  # only now: it may hold what a plug-in defines
     torch.set_num_threads(threads)
     host = Host(setup)
     if memory_gb is not None:
-        import resource  # not on Windows, where runs are in-process
-
-        # Not RLIMIT_AS: CUDA reserves more addresses than any machine has memory. Data is what can be written to.
-        resource.setrlimit(resource.RLIMIT_DATA, (int(memory_gb * BYTES),) * 2)
+        limit_memory(memory_gb, device)
     pipe.send((None, None))
     with suppress(EOFError):
         while True:
             step, arguments = pipe.recv()
             pipe.send(_answer(host, step, arguments))
+
+
+def limit_memory(memory_gb: float, device: torch.device) -> None:
+    """Let this process take so many GB of a device's memory; what asks for more is out of memory.
+
+    On a GPU it is what PyTorch's allocator holds, without what CUDA takes for itself; on a CPU what can be written to.
+    """
+    if device.type == "cuda":
+        share = memory_gb * BYTES / torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device.index)
+        return
+    import resource  # not on Windows, where runs are in-process
+
+    # Not RLIMIT_AS: PyTorch's CUDA build reserves more addresses than any machine has memory.
+    resource.setrlimit(resource.RLIMIT_DATA, (int(memory_gb * BYTES),) * 2)
 
 
 def _answer(host: Host, step: str, arguments: Sequence[Any]) -> tuple[Any, Exception | None]:
