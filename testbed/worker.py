@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from backends import backend_class, get_backend, reference
 from backends.base import Backend, Unsupported, first_line
 from backends.batch import Batch, apply, take, tensors
-from backends.heap import keep_freed
 from testbed import memory, timing
 from testbed.agreement import Rule, as_rows, norms
 from testbed.cell import Cell
@@ -57,7 +56,6 @@ class Worker:
         rule: Rule,
         store: Store | None = None,
     ) -> None:
-        keep_freed()  # else it is luck which calls pay for fresh memory
         self.problem, self.quantity, self.options, self.rule = problem, quantity, dict(quantity_options), rule
         self.referee = Referee(problem, quantity, quantity_options, rule, store=store)
         self._under_autocast: dict[str, Referee] = {}

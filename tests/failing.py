@@ -96,7 +96,7 @@ plant("timed_segfault", _segfault, 3)  # after the first call and the untimed on
 @register("slow")
 @dataclass(frozen=True)
 class Slow(Backend):
-    """Right, and slow enough to be met while it runs."""
+    """Right, and slow enough to be met while it computes gradients."""
 
     def grads(self, model: nn.Module, loss_fn: LossFn) -> GradsFn:
         right = get_backend("vmap").grads(model, loss_fn)
@@ -106,3 +106,6 @@ class Slow(Backend):
             return right(inputs, targets)
 
         return fn
+
+    def norms(self, model: nn.Module, loss_fn: LossFn) -> Any:
+        return get_backend("vmap").norms(model, loss_fn)

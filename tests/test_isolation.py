@@ -1,17 +1,24 @@
 """What a backend does to its process ends its own cell, with the right status and the reason, and no other."""
 
+import multiprocessing
 import re
 import signal
 import sys
+from contextlib import closing
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import nn
 
-from testbed.processes import autopsy
-from testbed.processes.child import Child, Isolation
+from testbed.agreement import Calibrated
+from testbed.problems import Problem
+from testbed.processes import autopsy, child
+from testbed.processes.child import Child, Isolation, starter
+from testbed.processes.host import Setup
 from testbed.processes.serving import limit_memory
 from testbed.records import Record
 from tests.processes import LONG, SMALL, family, gone, records, start
@@ -124,6 +131,34 @@ def test_on_a_gpu_the_limit_is_a_share_of_its_memory(
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *what: set_to.append(what))
     limit_memory(memory_gb, torch.device("cuda"))
     assert set_to == [(share, None)]
+
+
+@pytest.mark.parametrize(("device", "how"), [("cpu", "forkserver"), ("cuda", "spawn")])
+def test_processes_for_cuda_are_no_forks(device: str, how: str) -> None:
+    assert starter(torch.device(device)).get_start_method() == how
+
+
+def ask(pipe: Connection) -> None:
+    pipe.send((torch.cuda._is_in_bad_fork(), "torch._dynamo" in sys.modules))
+
+
+def test_a_fork_has_imported_pytorch_and_could_still_use_cuda() -> None:
+    forks = starter(torch.device("cpu"))
+    ours, theirs = forks.Pipe()
+    forks.Process(target=ask, args=(theirs,)).start()
+    assert ours.recv() == (False, True)
+
+
+def linear() -> Problem:
+    x, y = torch.ones(2, 3), torch.zeros(2, dtype=torch.long)
+    return Problem(nn.Linear(3, 2), nn.CrossEntropyLoss(reduction="none"), x, y, x, y)
+
+
+@pytest.mark.parametrize("how", ["forkserver", "spawn"])
+def test_a_child_takes_steps_however_it_was_started(how: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "starter", lambda device: multiprocessing.get_context(how))
+    with closing(Child(Setup(linear, 0, Calibrated()), Isolation())) as started:
+        assert started.make() == {}
 
 
 @pytest.mark.parametrize(

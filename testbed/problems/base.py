@@ -181,6 +181,8 @@ def _blaming(what: str, options: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _train(model: nn.Module, loss_fn: LossFn, draw: Callable[[], Samples], steps: int) -> None:
+    if not steps:
+        return  # PyTorch's optimizers load its compiler, which takes a second
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for _ in range(steps):
         samples = draw()

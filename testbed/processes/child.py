@@ -1,8 +1,8 @@
 """A host in a process of its own: what it does to itself, or does not do in time, ends a step and nothing else.
 
-The standard library's `multiprocessing` (spawn) does the work. Pebble's process pool was tried and is not used: it
-calls `os._exit(0)` a time-out, starts a new worker at once, in the middle of another's timing, and tells neither the
-process nor what it wrote.
+The standard library's `multiprocessing` does the work. Pebble's process pool was tried and is not used: it calls
+`os._exit(0)` a time-out, starts a new worker at once, in the middle of another's timing, and tells neither the process
+nor what it wrote.
 """
 
 import multiprocessing
@@ -12,7 +12,10 @@ import signal
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,12 +32,12 @@ from testbed.processes.serving import BYTES, serve
 from testbed.processes.shield import held_back
 from testbed.timing import Sample
 
-STARTUP_S = 300.0  # to import PyTorch on a machine that is busy; no step is charged for it
+STARTUP_S = 300.0  # to import PyTorch and plug-ins on a machine that is busy; no step is charged for it
 CLOSING_S = 1.0  # between the end of a process' pipe and its own end
 FREE = 0.9  # of the memory that is free, for one child: the rest of the system goes on
 CPU = torch.device("cpu")
 CGROUP = Path("/sys/fs/cgroup/memory.max")
-SPAWN = multiprocessing.get_context("spawn")
+PRELOADED = ["testbed.processes.serving", "torch._dynamo"]  # the compiler: `torch.func` and optimizers load it
 WORDS = {
     "make": "making the problem",
     "check": "looking whether the problem has per-sample gradients",
@@ -75,16 +78,40 @@ def on_device(isolation: Isolation, device: torch.device) -> Isolation:
     return replace(isolation, memory_gb=round(FREE * free / BYTES, 1))
 
 
+def starter(device: torch.device) -> SpawnContext | ForkServerContext:
+    """Return what starts processes that compute on a device.
+
+    To import PyTorch takes seconds. So one process does, computes nothing, and forks all others; but for CUDA, which no
+    fork survives if anything before it has touched a GPU, and where there is no fork (Windows), each does for itself.
+    """
+    if device.type == "cuda" or "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    return _forks()
+
+
+@cache
+def _forks() -> ForkServerContext:
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(PRELOADED)
+    with held_back():
+        forkserver.ensure_running()
+    first = forks.Process(target=int)  # begins once all is imported; a Ctrl-C until then is heard at once
+    first.start()
+    first.join()
+    return forks
+
+
 class Child:
     """The steps of `testbed.processes.host.Steps`, taken by a child process that lives until it fails or is closed."""
 
     def __init__(self, setup: Setup, isolation: Isolation) -> None:
         self._isolation = isolation
-        self._pipe, theirs = SPAWN.Pipe()
-        reader, writer = SPAWN.Pipe(duplex=False)
+        processes = starter(isolation.device)
+        self._pipe, theirs = processes.Pipe()
+        reader, writer = processes.Pipe(duplex=False)
         self._oom_kills = autopsy.oom_kills()
         about = pickle.dumps((setup, torch.get_num_threads(), isolation.memory_gb, isolation.device))
-        self._process = SPAWN.Process(target=serve, args=(theirs, writer, isolation.plugins, about))
+        self._process = processes.Process(target=serve, args=(theirs, writer, isolation.plugins, about))
         try:
             with held_back():  # until it is in a group of its own, it would die of a Ctrl-C with many words
                 self._process.start()

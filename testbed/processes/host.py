@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
+from backends.heap import nothing_kept
 from backends.shortage import lack_of_memory
 from testbed.agreement import Rule
 from testbed.attempt import Attempt, attempt
@@ -92,13 +93,17 @@ class Setup:
 
 
 class Host:
-    """The steps, taken in this process."""
+    """The steps, taken in this process.
+
+    What they free is kept for `time` only, on a CPU: else it is luck which timed calls pay for fresh memory.
+    """
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self._quantity: tuple[str, dict[str, Any]] | None = None
         self._worker: Worker | None = None
 
+    @nothing_kept()
     def make(self) -> dict[str, Any]:
         """Make the problem; return what records say of it that its names do not.
 
@@ -108,6 +113,7 @@ class Host:
         _, facts = self._made
         return facts
 
+    @nothing_kept()
     def check(self) -> None:
         """Refuse a problem without per-sample gradients.
 
@@ -122,21 +128,25 @@ class Host:
                 raise
             raise Failed.of(error) from error
 
+    @nothing_kept()
     def begin(self, quantity: str, options: Mapping[str, Any]) -> None:
         """Begin with a quantity; what the one before has built is let go."""
         if self._quantity != (quantity, dict(options)):
             self._quantity, self._worker = (quantity, dict(options)), None
             self._worker = Worker(self._made[0], quantity, options, self.setup.rule, self.setup.store)
 
+    @nothing_kept()
     def truth(self, fresh: bool) -> None:
         """Compute the truth for those who share the store; nothing where there is none."""
         self.worker.referee.share(fresh=fresh)
 
+    @nothing_kept()
     def start(self, cell: Cell) -> Outcome:
         """Import, prepare and call once, and ask whether the result agrees."""
         self.begin(cell.quantity, cell.quantity_options)
         return self.worker.start(cell)
 
+    @nothing_kept()
     def again(self, cell: Cell, name: str) -> None:
         """Give a cell another name, for timing only; it is started where it was not."""
         self.begin(cell.quantity, cell.quantity_options)
@@ -145,6 +155,7 @@ class Host:
         except (Exception, SystemExit) as error:
             raise Failed.of(error) from error
 
+    @nothing_kept()
     def bounds(self) -> dict[str, Any]:
         """Measure what backends are held against: the ordinary step's memory, the quantity's physical limit."""
         try:
@@ -159,6 +170,7 @@ class Host:
         except (Exception, SystemExit) as error:
             raise Failed.of(error) from error
 
+    @nothing_kept()
     def finish(self, cell: Cell, outcome: Outcome) -> Outcome:
         """Measure memory, and ask again on fresh data."""
         return self.worker.finish(cell, outcome)

@@ -65,7 +65,7 @@ class Children(Hosts):
     Args:
         setup: What hosts know in advance.
         isolation: What children may take.
-        labels: Those that will be asked for: they import PyTorch side by side, before anything is timed.
+        labels: Those that will be asked for: they are started side by side, before anything is timed.
     """
 
     def __init__(self, setup: Setup, isolation: Isolation, labels: Iterable[str]) -> None:
