@@ -9,9 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from backends import bookkeeping, get_backend
+from backends import bookkeeping, get_backend, heap
 from backends.heap import keep_freed
 from testbed import memory
+from testbed.agreement import Calibrated
+from testbed.cell import Cell
+from testbed.problems import Problem
+from testbed.processes.host import Host, Setup
 from tests.cases import squares
 
 ROOT = Path(__file__).parent.parent
@@ -88,6 +92,20 @@ def test_what_was_freed_where_nothing_is_kept_leaves_no_hole_for_larger_blocks()
     if with_hole > 100:
         pytest.skip("here blocks that are in use leave no holes")
     assert always > 25000
+
+
+@pytest.mark.usefixtures("own_random_state")
+def test_what_a_host_frees_is_kept_for_timed_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_to: list[tuple[int, int]] = []
+    monkeypatch.setattr(heap, "_keep", lambda *sizes: set_to.append(sizes))
+    x, cell = torch.ones(4, 3), Cell("naive", "norms")
+    host = Host(Setup(lambda: Problem(nn.Linear(3, 2), squares, x, x[:, :2], x, x[:, :2]), 0, Calibrated()))
+    for step in (lambda: host.begin("norms", {}), lambda: host.start(cell), host.bounds):
+        step()
+        assert (set_to[0], set_to[-1]) == ((heap.SMALL, heap.SMALL), (heap.LARGEST, heap.KEPT))
+        set_to.clear()
+    host.time(cell.label)
+    assert set_to == []
 
 
 @pytest.mark.usefixtures("own_random_state")

@@ -147,13 +147,12 @@ def test_numbers_read_well(text: str, expected: str) -> None:
 
 
 @pytest.mark.usefixtures("own_random_state")
-def test_freed_memory_is_kept_and_other_threads_fall_asleep_before_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_threads_fall_asleep_before_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     happened: list[object] = []
-    monkeypatch.setattr(worker, "keep_freed", lambda: happened.append("keep"))
     x, y = torch.ones(2, 3), torch.zeros(2, dtype=torch.long)
     problem = Problem(nn.Linear(3, 2), nn.CrossEntropyLoss(reduction="none"), x, y, x, y)
     timed = worker.Worker(problem, "norms", {}, Calibrated())
     timed.functions["a call"] = lambda inputs, targets: happened.append("call")
     monkeypatch.setattr(worker.time, "sleep", happened.append)
     timed.time("a call")
-    assert happened == ["keep", worker.QUIET, "call", "call"]  # a short call has an untimed one before it
+    assert happened == [worker.QUIET, "call", "call"]  # a short call has an untimed one before it
