@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +17,11 @@ from hypothesis import strategies as st
 
 from backends import available, get_backend, reference
 from backends.base import BACKENDS, Unsupported
+from testbed.config.experiment import Experiment
+from testbed.config.load import load_experiment
 from testbed.problems import DATA, LOSSES, MODELS
 from tests.cases import Case, cases
+from tests.command_line import SMALL, Ended, run_here
 from tests.precisions import tf32
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -94,6 +98,31 @@ def _untouched_random_state() -> Any:
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let runs in this process draw no page: a second each, and what is drawn has tests of its own."""
     monkeypatch.setattr("testbed.commands.run.draw_page", lambda records, folder: None)
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[..., Experiment]:
+    """Return a function that loads a YAML text, with the arguments of `load_experiment` after it."""
+
+    def load_text(text: str, *arguments: Any) -> Experiment:
+        (tmp_path / "e.yaml").write_text(text, encoding="utf-8")
+        return load_experiment(tmp_path / "e.yaml", *arguments)
+
+    return load_text
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], undrawn: None) -> Callable[..., Ended]:
+    """Return a function that runs a command line in this process."""
+    return lambda *arguments: run_here(arguments, capsys)
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a small experiment in an empty folder, which is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.yaml").write_text(SMALL, encoding="utf-8")
+    return tmp_path / "small.yaml"
 
 
 @pytest.fixture

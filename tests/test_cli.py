@@ -1,17 +1,10 @@
 """The command line: what it prints, what it leaves, and with which exit code it ends."""
 
 import io
-import json
-import os
-import pty
 import re
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -22,21 +15,9 @@ import testbed.commands.run as run_command
 from backends import available
 from testbed.problems import DATA, LOSSES, MODELS, register_model
 from testbed.records import read_records
+from tests.command_line import SMALL, message
 
 ROOT = Path(__file__).parent.parent
-FIELDS = """cell experiment problem backend options quantity status reason agreement diagnosis phases timing memory
-    environment"""
-TIMING = {"median_s", "p5_s", "p95_s", "samples_s", "ratio", "ratio_ci", "verdict"}
-SMALL = """
-description: A small one.
-model: logistic
-data: {random: {shape: [5], classes: 3}}
-loss: nll
-batch_size: 4
-device: cpu
-timing: {rounds: 2, max_s: 1}
-backends: [naive, vmap]
-"""
 PLUGIN = """
 from dataclasses import dataclass
 
@@ -79,41 +60,6 @@ BAD_PLUGINS = {
 }  # the text, and where and what the error is
 
 
-class Ended(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], undrawn: None) -> Callable[..., Ended]:
-    """Return a function that runs a command line in this process."""
-
-    def run(*arguments: object) -> Ended:
-        try:
-            code = command_line.main([str(a) for a in arguments] + _in_process(arguments))
-        except SystemExit as end:  # argparse
-            code = int(end.code or 0)
-        return Ended(code, *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture
-def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a small experiment in an empty folder, which is the working directory."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "small.yaml").write_text(SMALL, encoding="utf-8")
-    return tmp_path / "small.yaml"
-
-
-def _in_process(arguments: Sequence[object]) -> list[str]:
-    """Return the option that spares a run its child processes, which `test_isolation` is about."""
-    return ["--in-process"] if arguments and str(arguments[0]).endswith(".yaml") else []
-
-
 def plugin(folder: Path, text: str) -> Path:
     (folder / "plug.py").write_text(text, encoding="utf-8")
     return folder / "plug.py"
@@ -123,13 +69,6 @@ def backend(folder: Path, status: str) -> Path:
     """Write a plug-in whose backend `mine` ends with a status."""
     requires = "{'no_such_library': 'no-such-library'}" if status == "unavailable" else "{}"
     return plugin(folder, PLUGIN.replace("{}", requires).replace("...", ENDS[status][0] or "..."))
-
-
-def message(ended: Ended) -> str:
-    """Return what a user error says; it is one line and nothing else."""
-    assert (ended.code, ended.out) == (2, "")
-    assert re.fullmatch(r"testbed: error: .*\n", ended.err)
-    return ended.err.removeprefix("testbed: error: ").rstrip("\n")
 
 
 class TestHelp:
@@ -350,22 +289,6 @@ class TestRun:
         assert b"description: 3\\xd73" in out.buffer.getvalue()  # type: ignore[attr-defined]
 
 
-OF_THE_CALLER = ("FORCE_COLOR", "NO_COLOR", "COLUMNS", "TERM", "PYTHONUNBUFFERED")  # would change what is tested
-ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in OF_THE_CALLER}
-
-
-def start(*arguments: object, **options: Any) -> Any:
-    """Start the command line as a process, its output piped."""
-    settings: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": ENVIRONMENT, **options}
-    command = [sys.executable, "-m", "testbed", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, text=True, **settings)
-
-
-def end(process: Any) -> Ended:
-    out, err = process.communicate(timeout=120)
-    return Ended(process.returncode, out, err)
-
-
 class TestSeveral:
     """Several experiments in one command."""
 
@@ -405,109 +328,3 @@ class TestSeveral:
 
     def test_resuming_is_for_one(self, two: list[Path], call: Any) -> None:
         assert "--resume DIR goes on with one run; found 2 experiments" in call(*two, "--resume", "runs/x").err
-
-
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
-    """Run the small experiment once, piped; return its folder and how it ended."""
-    folder = tmp_path_factory.mktemp("process")
-    (folder / "small.yaml").write_text(SMALL, encoding="utf-8")
-    return folder / "run", end(start(folder / "small.yaml", "--out", folder / "run"))
-
-
-class TestProcess:
-    """What only a process shows; each costs seconds."""
-
-    def test_ends_well_and_says_where_the_records_are(self, ran: tuple[Path, Ended]) -> None:
-        folder, ended = ran
-        assert ended.code == 0
-        assert ended.out.startswith("small: A small one.\ndevice: cpu\n")
-        assert ended.out.endswith(f"records in {folder}\nreport in {folder}/report.html\n")
-        assert (folder / "report.html").exists()
-
-    def test_table_has_every_backend_and_no_escape_codes(self, ran: tuple[Path, Ended]) -> None:
-        _, ended = ran
-        rows = [line.split()[:3] for line in ended.out.splitlines()]
-        assert ["naive", "ok", "native"] in rows
-        assert ["vmap", "ok", "native"] in rows
-        assert "\x1b" not in ended.out + ended.err
-
-    def test_progress_is_lines(self, ran: tuple[Path, Ended]) -> None:
-        lines = [re.sub(r"^\[ *\d+\.\d s\] ", "", line) for line in ran[1].err.splitlines()]
-        work = ["problem", "grads: agreement", "grads: timing", "grads: memory, and agreement on fresh data"]
-        slow = re.compile(r": .+ \(\d+ of \d+\)")  # a step gets its own line after a long silence
-        assert [line for line in lines if not slow.search(line)] == work
-
-    def test_records_have_the_promised_fields(self, ran: tuple[Path, Ended]) -> None:
-        records = [json.loads(line) for line in (ran[0] / "results.jsonl").read_text(encoding="utf-8").splitlines()]
-        assert [r["backend"] for r in records] == ["naive", "vmap"]
-        for record in records:
-            assert list(record) == FIELDS.split()
-            assert record["timing"].keys() >= TIMING
-            assert len(record["timing"]["samples_s"]) == 2
-            assert record["environment"]["versions"]["torch"] in torch.__version__
-
-    def test_environment_is_that_of_the_records(self, ran: tuple[Path, Ended]) -> None:
-        environment = json.loads((ran[0] / "environment.json").read_text(encoding="utf-8"))
-        recorded = read_records(ran[0] / "results.jsonl")[0].environment
-        assert environment == {key: recorded[key] for key in environment}
-
-    def test_resolved_experiment_runs_again(self, ran: tuple[Path, Ended], call: Any, tmp_path: Path) -> None:
-        def cells(folder: Path) -> list[tuple[Any, ...]]:
-            return [(r.problem, r.backend, r.quantity, r.status) for r in read_records(folder / "results.jsonl")]
-
-        again = call(ran[0] / "experiment.yaml", "--out", tmp_path / "run")
-        assert again.code == 0
-        assert cells(tmp_path / "run") == cells(ran[0])
-        resolved = [(folder / "experiment.yaml").read_text(encoding="utf-8") for folder in (ran[0], tmp_path / "run")]
-        assert resolved[0] == resolved[1]
-
-    def test_user_error(self, tmp_path: Path) -> None:
-        assert message(end(start(tmp_path / "x.yaml"))).startswith(f"{tmp_path / 'x.yaml'}: no such file")
-
-    def test_reader_that_has_enough_ends_it_quietly(self) -> None:
-        with start("list", "models") as process:
-            process.stdout.close()
-            assert process.wait(timeout=60) == 130
-            assert process.stderr.read() == ""
-
-    def test_terminal_has_a_bar_and_no_colour_where_none_is_wanted(self, small: Path) -> None:
-        terminal, inside = pty.openpty()
-        environment = {**ENVIRONMENT, "TERM": "xterm-256color", "NO_COLOR": "1"}
-        with start(small, "--out", small.parent / "run", stdout=inside, stderr=inside, env=environment) as process:
-            os.close(inside)
-            shown = read_all(terminal)
-        assert process.returncode == 0
-        assert "grads: timing" in shown
-        assert "━" in shown
-        assert not re.search("\x1b\\[[0-9;]*(3|4|9|10)[0-8][;m]", shown)
-
-    def test_interrupt_keeps_what_was_measured(self, small: Path) -> None:
-        folder = small.parent / "run"
-        with start(small, "--out", folder, "--set", "timing={rounds: 1000000, max_s: 60}") as process:
-            wait_for(process, "grads: timing")
-            process.send_signal(signal.SIGINT)
-            since = time.monotonic()
-            code, out, err = end(process)
-        assert time.monotonic() - since < 10
-        assert (code, err) == (130, "")
-        assert f"interrupted; what was measured is in {folder}\n" in out
-        cells = [(r.backend, r.status) for r in read_records(folder / "results.jsonl")]
-        assert cells == [("naive", "interrupted"), ("vmap", "interrupted")]
-
-
-def wait_for(process: Any, words: str) -> None:
-    """Read a process' progress up to the line with these words."""
-    assert any(words in line for line in process.stderr)
-
-
-def read_all(terminal: int) -> str:
-    """Return everything that is written to a terminal until its last user has closed it."""
-    found = b""
-    try:
-        while part := os.read(terminal, 65536):
-            found += part
-    except OSError:  # Linux' way to say that it is closed
-        pass
-    os.close(terminal)
-    return found.decode()
