@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from backends import available, get_backend, reference
 from backends.base import BACKENDS, Unsupported
+from testbed import timing
 from testbed.config.experiment import Experiment
 from testbed.config.load import load_experiment
 from testbed.problems import DATA, LOSSES, MODELS
@@ -92,6 +93,13 @@ def _untouched_random_state() -> Any:
     changed = not torch.equal(torch.get_rng_state(), before)
     torch.set_rng_state(before)
     assert not changed, "the global random state was changed"
+
+
+@pytest.fixture(autouse=True)
+def _small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure ceilings on matrices that take no time, but in processes of their own: half a second a run."""
+    measure = timing.ceilings
+    monkeypatch.setattr(timing, "ceilings", lambda device, dtype, size=512: measure(device, dtype, size))
 
 
 @pytest.fixture
