@@ -65,7 +65,7 @@ def stopped(folder: Path, stop: Callable[[Any], None]) -> Any:
     ids=["Ctrl-C in a terminal", "SIGTERM"],
 )
 def test_a_run_that_is_stopped_ends_its_children_and_keeps_its_records(tmp_path: Path, stop: signal.Signals) -> None:
-    """The signal meets all of its process group, as from a terminal or from `timeout`, and so what forks children."""
+    """The signal meets all of its process group, as from a terminal or from `timeout`, and what forks children too."""
     code, out, err, left = stopped(tmp_path, lambda process: os.killpg(process.pid, stop))
     assert (code, err) == (130, "")
     assert f"interrupted; what was measured is in {tmp_path / 'run'}\n" in out

@@ -131,6 +131,9 @@ class Host:
     @nothing_kept()
     def begin(self, quantity: str, options: Mapping[str, Any]) -> None:
         """Begin with a quantity; what the one before has built is let go."""
+        self._begin(quantity, options)
+
+    def _begin(self, quantity: str, options: Mapping[str, Any]) -> None:
         if self._quantity != (quantity, dict(options)):
             self._quantity, self._worker = (quantity, dict(options)), None
             self._worker = Worker(self._made[0], quantity, options, self.setup.rule, self.setup.store)
@@ -143,13 +146,13 @@ class Host:
     @nothing_kept()
     def start(self, cell: Cell) -> Outcome:
         """Import, prepare and call once, and ask whether the result agrees."""
-        self.begin(cell.quantity, cell.quantity_options)
+        self._begin(cell.quantity, cell.quantity_options)
         return self.worker.start(cell)
 
     @nothing_kept()
     def again(self, cell: Cell, name: str) -> None:
         """Give a cell another name, for timing only; it is started where it was not."""
-        self.begin(cell.quantity, cell.quantity_options)
+        self._begin(cell.quantity, cell.quantity_options)
         try:
             self.worker.again(cell, name)
         except (Exception, SystemExit) as error:

@@ -38,13 +38,13 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Keep signals from a process that is started in the block; here they are heard when the block has ended.
+    """Keep Ctrl-C from a process that is started in the block; here it is heard when the block has ended.
 
     Raises:
         KeyboardInterrupt: At the end, where there was one.
     """
     _start_tracker()  # when multiprocessing starts it, it lets signals through
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
@@ -65,12 +65,10 @@ def _start_tracker() -> None:
 
 
 def let_through() -> None:
-    """In the process that was started so: forget signals that came meanwhile, and let others through."""
-    for number in STOPPING:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
-    for number in STOPPING:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    """In the process that was started so: forget a Ctrl-C that came meanwhile, and let others through."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager
