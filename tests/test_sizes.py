@@ -1,13 +1,9 @@
 """Sizes: the chosen one stands in place of the experiment's keys, `--set` comes after it, mistakes keep their place."""
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from testbed.config.experiment import Experiment
-from testbed.config.load import load_experiment
 from testbed.config.yaml_source import ConfigError
 
 SIZED = """model: mlp
@@ -21,17 +17,6 @@ sizes:
   small: {model: {mlp: {hidden: [8]}}, batch_size: 4}
   bad: {batch_size: x}
 """
-
-
-@pytest.fixture
-def load(tmp_path: Path) -> Callable[..., Experiment]:
-    """Return a function that loads a YAML text, with the arguments of `load_experiment` after it."""
-
-    def load_text(text: str, *arguments: Any) -> Experiment:
-        (tmp_path / "e.yaml").write_text(text, encoding="utf-8")
-        return load_experiment(tmp_path / "e.yaml", *arguments)
-
-    return load_text
 
 
 CHOSEN = {

@@ -1,6 +1,5 @@
 """Sweeps: what lists stand for, what `exclude` keeps out, and runs of several problems, which lose nothing."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,6 @@ from testbed.records import Record, read_records
 BASE = "data: {random: {shape: [5], classes: 3}}\nloss: nll\nbackends: [naive, vmap]\ndevice: cpu\n"
 FAST = BASE + "timing: {rounds: 2, max_s: 1, warmup: 0}\n"
 MODEL = "model: logistic\n"
-
-
-@pytest.fixture
-def load(tmp_path: Path) -> Callable[..., Experiment]:
-    """Return a function that loads a YAML text, with the arguments of `load_experiment` after it."""
-
-    def load_text(text: str, *arguments: Any) -> Experiment:
-        (tmp_path / "e.yaml").write_text(text, encoding="utf-8")
-        return load_experiment(tmp_path / "e.yaml", *arguments)
-
-    return load_text
 
 
 def problems(experiment: Experiment) -> list[str]:
