@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from testbed.agreement import Calibrated
-from testbed.problems import Problem
+from testbed.problems import Problem, ProblemError
 from testbed.processes import autopsy, child
 from testbed.processes.child import Child, Isolation, starter
 from testbed.processes.host import Setup
@@ -159,6 +159,17 @@ def test_a_child_takes_steps_however_it_was_started(how: Any, monkeypatch: pytes
     monkeypatch.setattr(child, "starter", lambda device: multiprocessing.get_context(how))
     with closing(Child(Setup(linear, 0, Calibrated()), Isolation())) as started:
         assert started.make() == {}
+
+
+def deaf() -> Problem:
+    raise ProblemError(f"deaf: {signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])}")
+
+
+def test_a_child_and_what_it_starts_hear_signals() -> None:
+    """Ctrl-C is held back only until it is in a group of its own."""
+    with closing(Child(Setup(deaf, 0, Calibrated()), Isolation())) as started, pytest.raises(ProblemError) as raised:
+        started.make()
+    assert str(raised.value) == "deaf: False"
 
 
 @pytest.mark.parametrize(
