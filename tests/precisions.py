@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from backends.ops.correlation import Correlation
 from tests.cases import DEVICE
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -24,3 +25,19 @@ def tf32(allowed: bool) -> Iterator[None]:
     yield
     for place, was in zip(places, before, strict=True):
         place.allow_tf32 = was
+
+
+def cancelling_convolution(dtype: torch.dtype, computed: torch.dtype | None = None) -> Correlation:
+    """Return a convolution whose norms cancel in the Gram form, for the first sample only.
+
+    Args:
+        dtype: What images and gradients are rounded to.
+        computed: What they are then given in.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(N, 1, 8, 10, 9, generator=generator, dtype=torch.float32)
+    y = torch.randn(N, 1, 24, 8, 7, generator=generator, dtype=torch.float32)
+    x[0] = 1 + 1e-2 * x[0]
+    y[0] -= y[0].mean((-2, -1), keepdim=True)
+    x, y = (t.to(DEVICE, dtype).to(computed or dtype) for t in (x, y))
+    return Correlation(x, y, (24, 8, 3, 3), (1, 1), (0, 0), (1, 1), 1)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backends import get_backend, precision
-from backends.ops.outer import Outer
+from backends.ops.correlation import Correlation
 from tests.asserts import assert_close
 from tests.cases import DEVICE, Functional, N, linear, real, squares
 from tests.habits import assert_right, differentiated_directly, over_the_batch
@@ -96,13 +96,13 @@ def test_under_autocast_results_are_in_the_parameters_dtype() -> None:
 def test_under_autocast_wider_products_are_not_cast_back(quantity: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few pixels and many channels: norms by the Gram form, in a wider dtype, are among the ways."""
     seen: list[bool] = []
-    by_gram = Outer.squares_by_gram
+    by_gram = Correlation.squares_by_gram
 
-    def watched(self: Outer) -> Tensor:
+    def watched(self: Correlation) -> Tensor:
         seen.append(torch.is_autocast_enabled(DEVICE.type))
         return by_gram(self)
 
-    monkeypatch.setattr(Outer, "squares_by_gram", watched)
+    monkeypatch.setattr(Correlation, "squares_by_gram", watched)
     monkeypatch.setattr("backends.ops.choice._RANKED", {})
     model = nn.Conv2d(16, 64, 3).to(DEVICE, torch.float32)
     inputs, targets = torch.randn(8, 16, 5, 5, device=DEVICE, dtype=torch.float32), torch.zeros(8, device=DEVICE)

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from backends.ops.outer import Outer
+from backends.ops.correlation import grouped
+from backends.ops.outer import Outer, shows
 from tests.cases import DEVICE
-from tests.precisions import INTERPRETED, N, runs
+from tests.precisions import INTERPRETED, N, cancelling_convolution, runs
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("exact_float32", "own_random_state")
@@ -48,6 +49,24 @@ def test_where_the_gram_form_cancels_it_is_not_taken(dtype: torch.dtype, widths:
         assert (cancelled.double() / exact - 1).abs().max() > 5e-5
         found = Outer(left, right).squares_by_gram_fused(by_kernel)
         assert (found.double() / exact - 1).abs().max() <= 1e-5
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_norms_of_convolutions_are_in_doubt_each_for_itself(dtype: torch.dtype) -> None:
+    """The first sample's image hardly differs from a constant, and its gradient has hardly a sum."""
+    form = cancelling_convolution(dtype)
+    exact = grouped(cancelling_convolution(dtype, torch.float64)).flatten(1).square().sum(1)
+    gaps = {}
+    for allowed in (torch.inf, shows(form.like)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("backends.ops.correlation.shows", lambda like, allowed=allowed: allowed)
+            gaps[allowed] = (form.squares_by_gram_fused().double() / exact - 1).abs()
+    cancelled, kept = gaps.values()
+    assert cancelled[0] > 5e-5
+    assert kept[0] <= 1e-5
+    assert torch.equal(kept[1:], cancelled[1:])
+    assert kept.max() <= 1e-5
 
 
 @runs

@@ -14,7 +14,7 @@ from torch.torch_version import TorchVersion
 
 from backends import get_backend
 from backends.ops.choice import CHOSEN, kernels
-from backends.ops.conv import Correlation, grouped
+from backends.ops.correlation import Correlation, grouped
 from backends.ops.outer import Outer
 from tests.cases import DEVICE, Functional, linear, squares
 from tests.precisions import INTERPRETED, N, runs, tf32
@@ -55,7 +55,7 @@ def correlation(name: str, dtype: torch.dtype) -> Correlation:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_gradients_of_convolutions_and_norms_are_those_of_float64(name: str, dtype: torch.dtype) -> None:
-    from backends.ops.conv import product_of
+    from backends.ops.correlation import product_of
 
     form = correlation(name, dtype)
     exact = grouped(Correlation(form.x.double(), form.y.double(), *list(vars(form).values())[2:7]))
@@ -70,7 +70,7 @@ def test_gradients_of_convolutions_and_norms_are_those_of_float64(name: str, dty
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="TF32 is CUDA's")
 @pytest.mark.parametrize("form", ["samples first", "positions last"])
 def test_where_tf32_is_allowed_results_are_as_near_as_that(form: str) -> None:
-    from backends.ops.conv import product_of
+    from backends.ops.correlation import product_of
     from backends.ops.kernels import squares_of_products
 
     left, right = (torch.randn(N, 70, width, device=DEVICE, dtype=torch.float32) for width in (150, 40))
@@ -105,8 +105,8 @@ def test_norms_of_products_are_those_of_float64(positions: int, p: int, d: int, 
 def test_norms_by_patches_are_those_of_float64(name: str) -> None:
     form = correlation(name, torch.float32)
     exact = grouped(Correlation(form.x.double(), form.y.double(), *list(vars(form).values())[2:7]))
-    for way in (Outer.squares_fused, Outer.squares_by_gram_fused):
-        assert (form.squares_by_patches(way).double() / exact.flatten(1).square().sum(1) - 1).abs().max() <= 1e-6
+    for way in (form.squares_by_patches, form.squares_by_gram_fused):
+        assert (way().double() / exact.flatten(1).square().sum(1) - 1).abs().max() <= 1e-6
 
 
 @runs
@@ -157,7 +157,7 @@ def test_it_is_right_in_the_interpreter() -> None:
     command += ["-W", "ignore:Conversion of an array:DeprecationWarning"]  # Triton 3.6's own, before NumPy 2.4
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "58 passed" in done.stdout
+    assert "60 passed" in done.stdout
 
 
 @pytest.mark.skipif(INTERPRETED or DEVICE.type == "cuda", reason="there they are measured")

@@ -26,11 +26,15 @@ def test_convolutions_compile_for_a_gpu_that_is_not_here(dtype: str, precision: 
     from backends.ops.conv_kernel import _product
 
     constants = {"HEIGHT": 64, "WIDTH": 64, "DEPTH": 32, "PRECISION": precision, "WRITE": write}
+    known = {"known_ptr": "*fp64", "allowed": "fp32"}
     pointers = {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "out_ptr": f"*{dtype}" if write else "*fp32"}
     tuples = {"x_stride": 6, "y_stride": 6, **dict.fromkeys(("size", "out_size", "kernel"), 3)}
     tuples |= dict.fromkeys(("stride", "padding", "dilation"), 3)
-    kinds = {**pointers, **{name: ("i32",) * length for name, length in tuples.items()}}
-    assert compiled(_product, constants, kinds).metadata.shared < 2**16
+    kinds = {**pointers, **known, **{name: ("i32",) * length for name, length in tuples.items()}}
+    for one_place in ({}, {"length": 1}):  # Triton makes a constant of 1
+        for addends in (0,) if write else (0, 4):
+            made = compiled(_product, constants | one_place | {"KNOWN": addends}, kinds)
+            assert made.metadata.shared < 2**16
 
 
 @pytest.mark.parametrize(

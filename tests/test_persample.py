@@ -10,7 +10,7 @@ from backends import get_backend
 from backends.derived import Moments
 from backends.ops import persample
 from backends.ops.choice import CHOSEN
-from backends.ops.conv import Correlation, by_patches, by_places, grouped
+from backends.ops.correlation import Correlation, by_patches, by_places, grouped
 from backends.ops.float16 import without_float16
 from backends.ops.linear import Scattered
 from backends.ops.outer import Outer

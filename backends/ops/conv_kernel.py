@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from backends import precision
-from backends.ops.kernels import DEPTH, LARGEST, STAGES, exact, fitting, warps_for, within_reach
+from backends.ops.kernels import DEPTH, LARGEST, STAGES, exact, fitting, known_of, warps_for, within_reach
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,14 @@ class Product:
         object.__setattr__(self, "x", within_reach(self.x))
         object.__setattr__(self, "y", within_reach(self.y))
 
-    def squares(self) -> Tensor:
-        """Return ‖g_i‖² [N], in float32; no gradient is written."""
-        return self._tiles(None).sum(1)
+    def squares(self, known: Tensor | None = None, allowed: float = 0.0) -> Tensor:
+        """Return ‖g_i‖² [N], in float32; no gradient is written.
+
+        Args:
+            known: What is known already, in one group; see `kernels.squares_of_products`.
+            allowed: The largest error, relative to the result, with which it is taken.
+        """
+        return self._tiles(None, known, allowed).sum(1)
 
     def grads(self) -> Tensor:
         """Return g_i [N, P, C / groups, *kernel]."""
@@ -55,18 +60,20 @@ class Product:
         self._tiles(out)
         return out
 
-    def _tiles(self, out: Tensor | None) -> Tensor:
+    def _tiles(self, out: Tensor | None, known: Tensor | None = None, allowed: float = 0.0) -> Tensor:
         """Write gradients, or return what each tile of them adds to ‖g_i‖² [N, tiles]."""
         p, q = self.y.shape[2] // self.groups, self.x.shape[2] // self.groups * prod(self.kernel)
         height, width = fitting(p, LARGEST), fitting(q, LARGEST if p > LARGEST else LARGEST // 2)  # fastest on H100
         down, across = triton.cdiv(p, height), triton.cdiv(q, width)
         squares = self.y.new_empty(len(self.y), self.groups * down * across, dtype=torch.float32)
+        addends = 0 if known is None else known.shape[2]
         tf32 = self.x.is_cuda and self.x.dtype == torch.float32 and precision.tf32_in_convolutions()
         with torch.cuda.device_of(self.y):  # Triton launches on the current device
             _product[(squares.numel(),)](
                 self.x,
                 self.y,
                 squares if out is None else out,
+                squares if known is None else known,
                 (*self.x.stride()[:3], *_three(self.x.stride()[3:], 0)),
                 (*self.y.stride()[:3], *_three(self.y.stride()[3:], 0)),
                 _three(self.x.shape[3:], 1),
@@ -81,7 +88,10 @@ class Product:
                 self.groups,
                 down,
                 across,
+                addends,
+                allowed,
                 WRITE=out is not None,
+                KNOWN=triton.next_power_of_2(addends),
                 HEIGHT=height,
                 WIDTH=width,
                 DEPTH=DEPTH,
@@ -103,6 +113,7 @@ def _product(  # type: ignore[no-untyped-def]
     x_ptr,
     y_ptr,
     out_ptr,
+    known_ptr,
     x_stride,
     y_stride,
     size,
@@ -117,7 +128,10 @@ def _product(  # type: ignore[no-untyped-def]
     groups,
     down,
     across,
+    addends,
+    allowed,
     WRITE: tl.constexpr,
+    KNOWN: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -137,6 +151,9 @@ def _product(  # type: ignore[no-untyped-def]
     x_ptr += sample.to(tl.int64) * x_stride[0] + group * c_each * x_stride[2]
     y_ptr += sample.to(tl.int64) * y_stride[0] + group * p_each * y_stride[2]
     found = tl.zeros((HEIGHT, WIDTH), dtype=tl.float32)
+    if KNOWN > 0:
+        known, sure = known_of(known_ptr, sample.to(tl.int64), addends, allowed, KNOWN)
+        length = tl.where(sure, 0, length)
     for start in range(0, length, DEPTH):
         r = start + tl.arange(0, DEPTH)
         w, h = r % out_size[2], r // out_size[2] % out_size[1]
@@ -158,4 +175,7 @@ def _product(  # type: ignore[no-untyped-def]
         row = (group * p_each + p)[:, None] * (c_each * places) + q[None, :]
         tl.store(out_ptr + sample.to(tl.int64) * (groups * p_each * c_each * places) + row, found, mask=inside)
     else:
-        tl.store(out_ptr + tl.program_id(0), tl.sum(tl.sum(found * found, 1), 0))
+        squares = tl.sum(tl.sum(found * found, 1), 0)
+        if KNOWN > 0:
+            squares = tl.where(sure & (tile == 0), known.to(tl.float32), squares)
+        tl.store(out_ptr + tl.program_id(0), squares)

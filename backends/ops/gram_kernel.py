@@ -1,13 +1,14 @@
 """Norms of per-sample gradients by the Gram form: ‖Σ_t left_t right_tᵀ‖² = Σ_ts ⟨left_t, left_s⟩ ⟨right_t, right_s⟩.
 
-Inner products are the library's, or by a kernel that makes the half of them which symmetry leaves; another kernel sums
-what they give. The sum cancels where the vectors do, so its rounding is estimated beside it, from the same numbers: an
-inner product of K numbers is off by some √K roundings of the product of its vectors' lengths, each independently of the
-others, so that
+Inner products are the library's (`gram.py`), or by a kernel that makes the half of them which symmetry leaves; another
+kernel sums what they give. The sum cancels where the vectors do, so its rounding is estimated beside it, from the same
+numbers: an inner product of K numbers is off by some √K roundings of the product of its vectors' lengths, each
+independently of the others, so that
 
     error² ≈ Σ_t≤s w² (r_p² ‖left_t‖² ‖left_s‖² ⟨right_t, right_s⟩² + r_d² ‖right_t‖² ‖right_s‖² ⟨left_t, left_s⟩²),
 
-where w is how often the sum has a pair, once or twice. In ViT-B/16 and GPT-2 that is some 20 times the error.
+where w is how often the sum has a pair, once or twice. In ViT-B/16 and GPT-2 that is some 20 times the error. Patches
+share products of pixels, and so their errors; even if all of these had the same direction the estimate would hold.
 
 What factors are rounded to (TF32) is no part of it: it is as if vectors were rounded, whose product is then as far off.
 Samples whose estimate is more than the caller allows are taken by way of the product, by a kernel that does nothing for
@@ -22,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from backends import precision
+from backends.ops.gram import inner_products
 from backends.ops.kernels import (
     DEPTH,
     FARTHEST,
@@ -53,8 +55,6 @@ def squares_by_gram(left: Tensor, right: Tensor, allowed: float, by_kernel: bool
     Raises:
         ValueError: There are too many vectors for their inner products to be counted in 32 bits.
     """
-    if left.shape[1] ** 2 > FARTHEST:
-        raise ValueError(f"{left.shape[1]} vectors of a sample are too many for a kernel; at most {isqrt(FARTHEST)}")
     if left.shape[2] < right.shape[2]:
         left, right = right, left  # what takes longer is begun first
     left, right = within_reach(left), within_reach(right)
@@ -64,35 +64,49 @@ def squares_by_gram(left: Tensor, right: Tensor, allowed: float, by_kernel: bool
 
 
 def _of_some(left: Tensor, right: Tensor, allowed: float, by_kernel: bool) -> Tensor:
-    (n, length, p), d = left.shape, right.shape[2]
+    _countable(left.shape[1])
+    lefts, rights = _halves(left, right) if by_kernel else (inner_products(left), inner_products(right))
+    exactly = left.dtype == torch.float32 and (by_kernel or not precision.tf32_in_products())
+    known = sums_and_errors(lefts, rights, (left.shape[2], right.shape[2]), exactly)
+    return squares_of_products(left, right, known, allowed)
+
+
+def sums_and_errors(lefts: Tensor, rights: Tensor, numbers: tuple[int, int], exactly: bool) -> Tensor:
+    """Return what adds up to Σ_ts lefts_ts rights_ts, and to the square of its error, in float64 [N, 2, any].
+
+    Args:
+        lefts: Inner products [N, T, T], contiguous, in float32; only those with t ≤ s are read.
+        rights: Of other vectors.
+        numbers: Of each of the vectors behind them.
+        exactly: Whether products were rounded, not cut off.
+
+    Raises:
+        ValueError: There are too many to be counted in 32 bits.
+    """
+    n, length, _ = lefts.shape
+    _countable(length)
     rows, columns = fitting(length, ROWS), fitting(length, COLUMNS)
     blocks = triton.cdiv(length, rows)
-    sums = left.new_empty(n, 2, blocks, dtype=torch.float64)
-    lefts, rights = _halves(left, right) if by_kernel else (_inner(left), _inner(right))
-    exactly = left.dtype == torch.float32 and (by_kernel or not precision.tf32_in_products())
+    sums = lefts.new_empty(n, 2, blocks, dtype=torch.float64)
     rounded = ROUNDED if exactly else CUT_OFF
-    with torch.cuda.device_of(left):  # Triton launches on the current device
+    with torch.cuda.device_of(lefts):  # Triton launches on the current device
         _sums[(n * blocks,)](
             lefts,
             rights,
             sums,
-            _roundings(p, rounded),
-            _roundings(d, rounded),
+            *(_roundings(each, rounded) for each in numbers),
             length,
             blocks,
             ROWS=rows,
             COLUMNS=columns,
             SMALLEST=SMALLEST,
         )
-    return squares_of_products(left, right, sums, allowed)
+    return sums
 
 
-def _inner(vectors: Tensor) -> Tensor:
-    """Return inner products of the vectors of each sample [N, T, T], in float32."""
-    if vectors.dtype == torch.float32 or not vectors.is_cuda:
-        vectors = vectors.float()
-        return torch.bmm(vectors, vectors.mT)
-    return torch.bmm(vectors, vectors.mT, out_dtype=torch.float32)
+def _countable(length: int) -> None:
+    if length**2 > FARTHEST:
+        raise ValueError(f"{length} vectors of a sample are too many for a kernel; at most {isqrt(FARTHEST)}")
 
 
 def _halves(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

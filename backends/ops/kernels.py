@@ -124,7 +124,7 @@ def warps_for(height: int, width: int) -> int:
     return 8 if height * width > LARGEST * LARGEST // 2 else 4
 
 
-# ruff: noqa: ANN001, ANN202  below, arguments are pointers, numbers and tuples of Triton's
+# ruff: noqa: ANN001, ANN201, ANN202  below, arguments are pointers, numbers and tuples of Triton's
 @triton.jit  # type: ignore[untyped-decorator]
 def _squares(  # type: ignore[no-untyped-def]
     left_ptr,
@@ -154,11 +154,7 @@ def _squares(  # type: ignore[no-untyped-def]
     right_ptr += sample * right_stride[0]
     found = tl.zeros((HEIGHT, WIDTH), dtype=tl.float32)
     if KNOWN > 0:
-        each = tl.arange(0, KNOWN)
-        known_ptr += sample * 2 * addends
-        known = tl.sum(tl.load(known_ptr + each, mask=each < addends, other=0.0), 0)
-        error = tl.sum(tl.load(known_ptr + addends + each, mask=each < addends, other=0.0), 0)
-        sure = error < allowed * allowed * known * known  # not where one is infinite or NaN
+        known, sure = known_of(known_ptr, sample, addends, allowed, KNOWN)
         length = tl.where(sure, 0, length)
     for start in range(0, length, DEPTH):
         t = start + tl.arange(0, DEPTH)
@@ -173,6 +169,16 @@ def _squares(  # type: ignore[no-untyped-def]
     if KNOWN > 0:
         squares = tl.where(sure & (tile == 0), known.to(tl.float32), squares)
     tl.store(out_ptr + tl.program_id(0), squares)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def known_of(known_ptr, sample, addends, allowed, KNOWN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What is known of a sample's ‖g_i‖², and whether that is exact enough to be taken."""
+    each = tl.arange(0, KNOWN)
+    known_ptr += sample * 2 * addends
+    known = tl.sum(tl.load(known_ptr + each, mask=each < addends, other=0.0), 0)
+    error = tl.sum(tl.load(known_ptr + addends + each, mask=each < addends, other=0.0), 0)
+    return known, error < allowed * allowed * known * known  # not where one is infinite or NaN
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -9,6 +9,7 @@ from torch import Tensor
 from backends import precision
 from backends.derived import squares_of, wide
 from backends.ops.choice import capturing, fastest
+from backends.ops.gram import inner_products, sums
 from backends.ops.persample import WIDER, Empty, PerSample, at_a_time, bytes_at_a_time, fresh, scaled
 
 MANY = 64
@@ -111,25 +112,22 @@ class Outer(PerSample):
         """Return ‖g_i‖² [N] by Triton kernels in the Gram form, but for samples where its rounding might show."""
         from backends.ops.gram_kernel import squares_by_gram  # triton need not be installed
 
-        return squares_by_gram(self.left, self.right, _shows(self.like), by_kernel)
+        return squares_by_gram(self.left, self.right, shows(self.like), by_kernel)
 
     def squares_by_gram(self) -> Tensor:
         """Return ‖g_i‖² [N] by the Gram form, but for samples where it cancels."""
-        (positions, p), d, wider = self.left.shape[1:], self.right.shape[2], WIDER[self.like.dtype]
-        roundoff, found = torch.finfo(wider).eps / 2, []
+        (positions, p), d, wider, found = self.left.shape[1:], self.right.shape[2], WIDER[self.like.dtype], []
         for some in at_a_time(self.samples, 2 * positions**2 * wider.itemsize, self.like):
-            left, right = self.left[some].to(wider), self.right[some].to(wider)
-            squares = ((left @ left.mT) * (right @ right.mT)).sum((1, 2))
-            most = (left.norm(dim=2) * right.norm(dim=2)).sum(1).square()
-            error = (p + d + positions**2) * roundoff * most
-            doubtful = ~(error <= torch.finfo(self.like.dtype).eps / 2 * squares)  # NaN is in doubt too
+            left, right = self.left[some], self.right[some]
+            lefts, rights = (inner_products(t.to(wider)) for t in (left, right))
+            squares, doubtful = sums(lefts, rights, p + d, self.like.dtype)
             if doubtful.any():
                 squares[doubtful] = squares_of(outer(left[doubtful], right[doubtful]))
             found.append(squares.to(wide(self.like.dtype)))
         return torch.cat(found)
 
 
-def _shows(like: Tensor) -> float:
+def shows(like: Tensor) -> float:
     """Return the relative error of a square that shows beside what else is rounded."""
     if like.is_cuda and like.dtype == torch.float32 and precision.tf32_in_products():
         return 2.0**-11

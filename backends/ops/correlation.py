@@ -1,0 +1,239 @@
+"""Per-sample weight gradients of convolutions of one to three dimensions and their transposes: one bilinear form."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backends import precision
+from backends.derived import wide
+from backends.ops.choice import Way, capturing, fastest
+from backends.ops.gram import Window, inner_products, pairs, products_of_patches, sums
+from backends.ops.outer import Outer, outer, shows
+from backends.ops.persample import WIDER, Empty, PerSample, at_a_time, fresh, scaled
+
+if TYPE_CHECKING:
+    from backends.ops.conv_kernel import Product
+
+IMAGES = 8
+"""Times as many bytes of images as of gradients may be at work at a time: ways copy both, but gradients go on."""
+
+
+MANY = 128
+"""Output pixels a sample from which on a kernel without patches may be faster."""
+
+
+@dataclass
+class Correlation(PerSample):
+    """Gradients by w of ⟨y, conv(x, w)⟩: of a convolution for x = a, y = g, of a transposed one for x = g, y = a.
+
+    The weighted sum over samples is the ordinary weight gradient. For gradients of each sample there are several ways,
+    of which the fastest is chosen by measuring.
+
+    Attributes:
+        x: [N, B, C, *size], B images a sample.
+        y: [N, B, P, *size].
+        shape: Of w, [P, C / groups, *kernel].
+        stride: In each dimension.
+        padding: In each dimension.
+        dilation: In each dimension.
+        groups: Groups of channels.
+    """
+
+    x: Tensor
+    y: Tensor
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def __post_init__(self) -> None:
+        self.samples, self.like = len(self.y), self.y
+
+    def rows(self, some: slice) -> Tensor:  # noqa: D102
+        of = self.only(some)
+        parts = at_a_time(of.samples, of.held() // (IMAGES * max(1, of.samples)), of.like)
+        if len(parts) == 1:
+            ways = {way.__name__: partial(way, of) for way in self.ways()}
+            kernels = {"implicit_gemm": lambda: product_of(of).grads()} if self.positions() >= MANY else None
+            return fastest(ways, self.geometry(), of.samples, of.like, kernels)
+        rows = of.like.new_empty(of.samples, *of.shape)
+        for part in parts:
+            rows[part] = of.rows(part)
+        return rows
+
+    def only(self, some: slice) -> "Correlation":
+        """Return those of some samples."""
+        if len(range(self.samples)[some]) == self.samples:
+            return self
+        return replace(self, x=self.x[some], y=self.y[some])
+
+    def positions(self) -> int:
+        """Return how many output pixels a sample has."""
+        return self.y.shape[1] * prod(self.y.shape[3:])
+
+    def ways(self) -> list[Callable[["Correlation"], Tensor]]:
+        """Return the ways to its gradients that there are."""
+        found: list[Callable[[Correlation], Tensor]] = [grouped]
+        if self.groups == 1:
+            found += [by_patches, *([by_places] if set(self.stride) == {1} and self.x.shape[1] == 1 else [])]
+        return found
+
+    def geometry(self) -> str:  # noqa: D102
+        image = "×".join(map(str, self.x.shape[1:]))
+        options = [
+            f"{name} {'×'.join(map(str, value))}"
+            for name, value, usual in (
+                ("stride", self.stride, 1),
+                ("padding", self.padding, 0),
+                ("dilation", self.dilation, 1),
+            )
+            if set(value) != {usual}
+        ]
+        about = [f"weight {'×'.join(map(str, self.shape))}", f"input {image}", *options]
+        return ", ".join(about)
+
+    def held(self) -> int:  # noqa: D102
+        return (self.x.numel() + self.y.numel()) * self.like.element_size()
+
+    def squares(self) -> Tensor:
+        """Return ‖g_i‖² [N]; of small images perhaps in the Gram form."""
+        ways: dict[str, Way] = {"direct": super().squares}
+        kernels: dict[str, Way] = {}
+        if self.positions() >= MANY:
+            kernels["implicit_gemm"] = lambda: product_of(self).squares()
+        if self.groups == 1:
+            direct = self.positions() * prod(self.shape)  # multiplications
+            gram = self.pairs() * self.x.shape[2] + self.positions() ** 2 * self.shape[0]
+            if gram < direct and self.like.dtype in WIDER and not capturing(self.like):
+                ways["gram"] = self.squares_by_gram
+            kernels["patches, fused"] = self.squares_by_patches
+            if gram < 2 * direct:
+                kernels["gram, fused"] = self.squares_by_gram_fused
+        return fastest(ways, f"norms of {self.geometry()}", self.samples, self.like, kernels)
+
+    def squares_by_patches(self) -> Tensor:
+        """Return ‖g_i‖² [N] by a Triton kernel on patches, some samples at a time."""
+        numbers = prod(self.y.shape[3:]) * self.y.shape[1] * prod(self.shape[1:])
+        parts = at_a_time(self.samples, numbers * self.like.element_size(), self.like)
+        return torch.cat([self.only(i).patches().squares_fused() for i in parts])
+
+    def squares_by_gram(self) -> Tensor:
+        """Return ‖g_i‖² [N] by the Gram form, but for samples where it cancels."""
+        wider, found = WIDER[self.like.dtype], []
+        for some in self.parts_by_gram(wider):
+            of = self.only(some)
+            squares, doubtful = sums(*of.inner_products(wider), self.shape[0] + prod(self.shape[1:]), self.like.dtype)
+            if doubtful.any():
+                squares[doubtful] = PerSample.squares(replace(of, x=of.x[doubtful], y=of.y[doubtful])).to(wider)
+            found.append(squares.to(wide(self.like.dtype)))
+        return torch.cat(found)
+
+    def squares_by_gram_fused(self) -> Tensor:
+        """Return ‖g_i‖² [N] by Triton kernels in the Gram form, but for samples where its rounding might show."""
+        from backends.ops.gram_kernel import sums_and_errors  # triton need not be installed
+
+        exactly = self.like.dtype == torch.float32 and not precision.tf32_in_products()
+        numbers, found = (self.shape[0], prod(self.shape[1:])), []
+        for some in self.parts_by_gram(torch.float32):
+            of = self.only(some)
+            known = sums_and_errors(*of.inner_products(self.like.dtype), numbers, exactly)
+            found.append(product_of(of).squares(known, shows(self.like)))
+        return torch.cat(found)
+
+    def parts_by_gram(self, dtype: torch.dtype) -> list[slice]:
+        """Return slices of as many samples as have their inner products at a time."""
+        return at_a_time(self.samples, (self.pairs() + self.positions() ** 2) * dtype.itemsize, self.like)
+
+    def inner_products(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return those of the pixels of y and of the patches of x, with each other [N, T, T], computed from a dtype."""
+        pixels = self.y.movedim(2, -1).flatten(1, -2).to(dtype)
+        return inner_products(pixels), products_of_patches(self.x.to(dtype), self.windows())
+
+    def windows(self) -> list[Window]:
+        """Return how x is read in each dimension."""
+        of = (self.shape[2:], self.stride, self.padding, self.dilation, self.x.shape[3:], self.y.shape[3:])
+        return [Window(*each) for each in zip(*of, strict=True)]
+
+    def pairs(self) -> int:
+        """Return how many pairs of a sample's pixels the Gram form multiplies."""
+        return pairs(self.x.shape[1], self.windows())
+
+    def weighted(self, factors: Tensor, empty: Empty = fresh) -> Tensor:  # noqa: D102
+        y = scaled(self.y, factors)
+        return self.gradient(self.x.flatten(0, 1), y.flatten(0, 1), self.shape, self.groups)
+
+    def gradient(self, x: Tensor, y: Tensor, shape: tuple[int, ...], groups: int) -> Tensor:
+        """Return the weight gradient of an ordinary convolution, by torch."""
+        like, none = y.new_empty(shape), [0] * len(self.stride)  # of the weight only the shape is looked at
+        options = (self.stride, self.padding, self.dilation, False, none, groups, (False, True, False))
+        gradient: Tensor = torch.ops.aten.convolution_backward(y, x, like, None, *options)[1]
+        return gradient
+
+    def patches(self) -> Outer:
+        """Return the same as gradients of a matrix [P, C·kernel] that each patch of x went through; one group only."""
+        n, b, p, *size = self.y.shape
+        x = self.x.flatten(0, 1)
+        if any(self.padding):
+            x = F.pad(x, [side for pad in reversed(self.padding) for side in (pad, pad)])
+        image, channel, *pixel = x.stride()
+        along = [s * d for s, d in zip(pixel, self.dilation, strict=True)]
+        across = [s * d for s, d in zip(pixel, self.stride, strict=True)]
+        shape = (n, b, x.shape[1], *self.shape[2:], *size)
+        patches = x.as_strided(shape, (b * image, image, channel, *along, *across), x.storage_offset())
+        d = prod(self.shape[1:])
+        left = self.y.movedim(1, 2).reshape(n, p, -1)
+        return Outer(left.mT, patches.movedim(1, len(size) + 2).reshape(n, d, -1).mT)
+
+
+def grouped(of: Correlation) -> Tensor:
+    """A sample's gradient is that of one more group: N samples are a convolution of N·groups groups."""
+    n, (p, *others) = of.samples, of.shape
+    x, y = (t.transpose(0, 1).flatten(1, 2) for t in (of.x, of.y))  # [B, N·channels, *size]
+    return of.gradient(x, y, (n * p, *others), n * of.groups).view(n, p, *others)
+
+
+def by_patches(of: Correlation) -> Tensor:
+    """Products of matrices of patches, for as many samples at a time as stay in cache."""
+    patches = prod(of.y.shape[3:]) * of.y.shape[1] * prod(of.shape[1:])  # numbers a sample
+    out = of.y.new_empty(of.samples, of.shape[0], prod(of.shape[1:]))
+    for some in at_a_time(of.samples, patches * of.like.element_size(), of.like):
+        pair = of.only(some).patches()
+        outer(pair.left, pair.right, out=out[some])
+    return out.view(-1, *of.shape)
+
+
+def by_places(of: Correlation) -> Tensor:
+    """One product of matrices for each place in the kernel, of images that are there: no patches. Stride 1 only.
+
+    Rows of pixels go on without a gap once y is as wide as the padded x; then all of an image, shifted, is one matrix.
+    """
+    (p, c, *kernel), out_size = of.shape, of.y.shape[3:]
+    size = [width + 2 * pad for width, pad in zip(of.x.shape[3:], of.padding, strict=True)]
+    pixel = [prod(size[d + 1 :]) for d in range(len(size))]
+    length = 1 + sum((width - 1) * step for width, step in zip(out_size, pixel, strict=True))
+    wider = [0, *(whole - part for whole, part in zip(size[1:], out_size[1:], strict=True))]
+    rows = of.y.new_empty(of.samples, p, c, prod(kernel))
+    for some in at_a_time(of.samples, of.like.element_size() * max((c + p) * prod(size), rows[0].numel()), of.like):
+        x = F.pad(of.x[some, 0], [side for pad in reversed(of.padding) for side in (pad, pad)]).flatten(2)
+        y = F.pad(of.y[some, 0], [side for more in reversed(wider) for side in (0, more)]).flatten(2)[..., :length]
+        places = of.y.new_empty(prod(kernel), len(x), p, c)
+        for place, index in zip(places, product(*map(range, kernel)), strict=True):
+            start = sum(i * apart * step for i, apart, step in zip(index, of.dilation, pixel, strict=True))
+            outer(y.mT, x[..., start : start + length].mT, out=place)
+        rows[some] = places.movedim(0, -1)
+    return rows.view(-1, *of.shape)
+
+
+def product_of(of: Correlation) -> "Product":
+    """Return what a Triton kernel computes."""
+    from backends.ops.conv_kernel import Product  # triton need not be installed
+
+    return Product(of.x, of.y, of.shape[2:], of.stride, of.padding, of.dilation, of.groups)

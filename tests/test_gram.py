@@ -1,0 +1,100 @@
+"""Norms in the Gram form, and inner products of patches that are never made."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from backends.ops import persample
+from backends.ops.correlation import Correlation, grouped
+from backends.ops.gram import Window, pairs, products_of_patches, sums
+from tests.asserts import assert_close
+from tests.cases import DEVICE, N, real
+from tests.precisions import cancelling_convolution
+
+pytestmark = pytest.mark.usefixtures("own_random_state")
+
+
+@st.composite
+def windows(draw: st.DrawFn) -> Window:
+    """Return how a convolution may read its input in one dimension: kernels that reach beyond it too."""
+    width, stride, dilation = (draw(st.integers(1, most)) for most in (4, 3, 3))
+    reach = dilation * (width - 1) + 1
+    padding = draw(st.integers(0, reach))
+    pixels = draw(st.integers(max(1, reach - 2 * padding), 8 + reach))
+    outputs = (pixels + 2 * padding - reach) // stride + 1
+    return Window(width, stride, padding, dilation, pixels, draw(st.integers(1, outputs)))
+
+
+def reading(images: int, of: list[Window], channels: int = 2, outputs: int = 3) -> Correlation:
+    """Return a convolution that reads its input so."""
+    x = real(2, images, channels, *(w.pixels for w in of))
+    y = real(2, images, outputs, *(w.outputs for w in of))
+    options = [tuple(getattr(w, name) for w in of) for name in ("stride", "padding", "dilation")]
+    return Correlation(x, y, (outputs, channels, *(w.width for w in of)), *options, groups=1)
+
+
+@settings(deadline=None, derandomize=True)  # a first run imports and is slow
+@given(st.integers(1, 2), st.lists(windows(), min_size=1, max_size=2))
+def test_products_of_patches_are_those_of_the_patches(images: int, of: list[Window]) -> None:
+    form = reading(images, of)
+    patches = form.patches().right
+    assert_close(products_of_patches(form.x, form.windows()), patches @ patches.mT)
+
+
+def test_three_dimensions_are_as_one() -> None:
+    form = reading(1, [Window(2, 1, 1, 1, 3, 3), Window(3, 2, 0, 1, 5, 2), Window(2, 1, 0, 2, 4, 2)])
+    patches = form.patches().right
+    assert_close(products_of_patches(form.x, form.windows()), patches @ patches.mT)
+
+
+@pytest.mark.parametrize(
+    ("window", "expected"),
+    [
+        (Window(3, 1, 1, 1, 8, 8), 8**2),
+        (Window(1, 2, 0, 1, 8, 4), 4**2),  # the others are not read
+        (Window(3, 2, 1, 1, 8, 4), 4**2 + 4**2),
+        (Window(3, 2, 0, 2, 9, 3), 5**2),
+    ],
+)
+def test_pixels_are_multiplied_with_those_that_share_a_place(window: Window, expected: int) -> None:
+    assert pairs(1, [window]) == expected
+    assert pairs(3, [window, Window(1, 1, 0, 1, 5, 5)]) == 9 * expected * 25
+
+
+def test_sums_say_where_their_rounding_may_show() -> None:
+    left, right = real(3, 40, 5), real(3, 40, 6)
+    left[0] -= left[0].mean(0)
+    right[0] += 1e9
+    exact = torch.tensor([t.square().sum() for t in left.mT @ right], device=DEVICE)
+    squares, doubtful = sums(left @ left.mT, right @ right.mT, 11, torch.float32)
+    assert doubtful.tolist() == [True, False, False]
+    assert_close(squares[1:], exact[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_where_the_gram_form_cancels_gradients_are_made(dtype: torch.dtype) -> None:
+    form, exact = cancelling_convolution(dtype), cancelling_convolution(dtype, torch.float64)
+    found, right = form.squares_by_gram(), grouped(exact).flatten(1).square().sum(1)
+    assert found.dtype == torch.float32
+    assert ((found.double() - right).abs() <= 8 * torch.finfo(dtype).eps * right).all()
+
+
+def test_samples_may_come_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    form = reading(1, [Window(3, 1, 1, 1, 6, 6), Window(3, 2, 1, 1, 7, 4)])
+    form = Correlation(form.x.float(), form.y.float(), *list(vars(form).values())[2:7])
+    together = form.squares_by_gram()
+    monkeypatch.setitem(persample.AT_A_TIME, DEVICE.type, 1)
+    assert len(form.parts_by_gram(torch.float64)) == 2
+    torch.testing.assert_close(form.squares_by_gram(), together, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("size", [4, 16])
+def test_the_gram_form_is_measured_where_it_multiplies_less(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranked: dict[tuple[str, torch.device], list[str]] = {}
+    monkeypatch.setattr("backends.ops.choice._RANKED", ranked)
+    x, y = (real(N, 1, channels, size, size).float() for channels in (16, 32))
+    form = Correlation(x, y, (32, 16, 3, 3), (1, 1), (1, 1), (1, 1), 1)
+    exact = grouped(form).double().flatten(1).square().sum(1)
+    torch.testing.assert_close(form.squares().double(), exact, rtol=1e-5, atol=0)
+    assert any("gram" in names for names in ranked.values()) == (size == 4)
