@@ -27,7 +27,7 @@ def tf32(allowed: bool) -> Iterator[None]:
         place.allow_tf32 = was
 
 
-def cancelling_convolution(dtype: torch.dtype, computed: torch.dtype | None = None) -> Correlation:
+def convolution(dtype: torch.dtype, computed: torch.dtype | None = None) -> Correlation:
     """Return a convolution whose norms cancel in the Gram form, for the first sample only.
 
     Args:

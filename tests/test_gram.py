@@ -10,7 +10,7 @@ from backends.ops.correlation import Correlation, grouped
 from backends.ops.gram import Window, pairs, products_of_patches, sums
 from tests.asserts import assert_close
 from tests.cases import DEVICE, N, real
-from tests.precisions import cancelling_convolution
+from tests.precisions import convolution
 
 pytestmark = pytest.mark.usefixtures("own_random_state")
 
@@ -74,7 +74,7 @@ def test_sums_say_where_their_rounding_may_show() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_where_the_gram_form_cancels_gradients_are_made(dtype: torch.dtype) -> None:
-    form, exact = cancelling_convolution(dtype), cancelling_convolution(dtype, torch.float64)
+    form, exact = convolution(dtype), convolution(dtype, torch.float64)
     found, right = form.squares_by_gram(), grouped(exact).flatten(1).square().sum(1)
     assert found.dtype == torch.float32
     assert ((found.double() - right).abs() <= 8 * torch.finfo(dtype).eps * right).all()

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from backends.ops.correlation import grouped
+from backends.ops.correlation import grouped, product_of
 from backends.ops.outer import Outer, shows
 from tests.cases import DEVICE
-from tests.precisions import INTERPRETED, N, cancelling_convolution, runs
+from tests.precisions import INTERPRETED, N, convolution, runs
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("exact_float32", "own_random_state")
@@ -55,8 +55,8 @@ def test_where_the_gram_form_cancels_it_is_not_taken(dtype: torch.dtype, widths:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_norms_of_convolutions_are_in_doubt_each_for_itself(dtype: torch.dtype) -> None:
     """The first sample's image hardly differs from a constant, and its gradient has hardly a sum."""
-    form = cancelling_convolution(dtype)
-    exact = grouped(cancelling_convolution(dtype, torch.float64)).flatten(1).square().sum(1)
+    form = convolution(dtype)
+    exact = grouped(convolution(dtype, torch.float64)).flatten(1).square().sum(1)
     gaps = {}
     for allowed in (torch.inf, shows(form.like)):
         with pytest.MonkeyPatch.context() as patch:
@@ -101,6 +101,26 @@ def test_samples_are_in_doubt_each_for_itself() -> None:
     assert ((found / product - 1).abs() <= 1e-6).all()
     by_gram = squares_by_gram(left, right, torch.inf)
     assert (found == by_gram).tolist() == [False, True, False]
+
+
+@runs
+@pytest.mark.parametrize("programs", [1, 3, 100])
+def test_programs_share_the_tiles_of_a_sample_in_doubt(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from backends.ops import conv_kernel, kernels
+
+    for module in (kernels, conv_kernel):
+        monkeypatch.setattr(module, "IN_DOUBT", programs)
+        monkeypatch.setattr(module, "LARGEST", 16)
+    known = torch.zeros(N, 2, 1, dtype=torch.float64, device=DEVICE)  # a sum of 0 is not sure
+    known[1, 0] = 5.0
+    conv = convolution(torch.float32)
+    left, right = (torch.randn(N, 5, width).to(DEVICE) for width in (40, 50))
+    rows = left.double().mT @ right.double(), grouped(convolution(torch.float32, torch.float64))
+    found = kernels.squares_of_products(left, right, known, 1e-3), product_of(conv).squares(known, 1e-3)
+    for mine, exact in zip(found, rows, strict=True):
+        right = exact.flatten(1).square().sum(1)
+        right[1] = 5.0
+        assert (mine.double() / right - 1).abs().max() <= 1e-6
 
 
 @runs

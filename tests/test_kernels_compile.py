@@ -7,6 +7,9 @@ import pytest
 
 pytest.importorskip("triton")
 
+KNOWN = {"known_ptr": "*fp64", "allowed": "fp32"}
+"""Types of what a kernel is given of what is known already."""
+
 
 def compiled(kernel: Any, constants: dict[str, Any], kinds: dict[str, Any]) -> Any:
     """Return a kernel compiled for it."""
@@ -23,38 +26,35 @@ def compiled(kernel: Any, constants: dict[str, Any], kinds: dict[str, Any]) -> A
 @pytest.mark.parametrize("write", [False, True])
 @pytest.mark.parametrize(("dtype", "precision"), [("fp32", "bf16x6"), ("fp32", "tf32"), ("bf16", "ieee")])
 def test_convolutions_compile_for_a_gpu_that_is_not_here(dtype: str, precision: str, write: bool) -> None:
-    from backends.ops.conv_kernel import _product
+    from backends.ops.conv_kernel import _product, _product_in_doubt
 
-    constants = {"HEIGHT": 64, "WIDTH": 64, "DEPTH": 32, "PRECISION": precision, "WRITE": write}
-    known = {"known_ptr": "*fp64", "allowed": "fp32"}
+    constants = {"HEIGHT": 64, "WIDTH": 64, "DEPTH": 32, "PRECISION": precision}
     pointers = {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "out_ptr": f"*{dtype}" if write else "*fp32"}
     tuples = {"x_stride": 6, "y_stride": 6, **dict.fromkeys(("size", "out_size", "kernel"), 3)}
     tuples |= dict.fromkeys(("stride", "padding", "dilation"), 3)
-    kinds = {**pointers, **known, **{name: ("i32",) * length for name, length in tuples.items()}}
-    for one_place in ({}, {"length": 1}):  # Triton makes a constant of 1
-        for addends in (0,) if write else (0, 4):
-            made = compiled(_product, constants | one_place | {"KNOWN": addends}, kinds)
-            assert made.metadata.shared < 2**16
+    kinds = {**pointers, **KNOWN, **{name: ("i32",) * length for name, length in tuples.items()}}
+    for one in ({}, {"length": 1}, {"down": 1, "across": 1}):  # Triton makes a constant of 1
+        assert compiled(_product, constants | one | {"WRITE": write}, kinds).metadata.shared < 2**16
+        if not write:
+            one |= {"programs": 1} if one.get("down") else {}
+            assert compiled(_product_in_doubt, constants | one | {"KNOWN": 4}, kinds).metadata.shared < 2**16
 
 
 @pytest.mark.parametrize(
     ("dtype", "precision"), [("fp32", "bf16x6"), ("fp32", "bf16x3"), ("fp32", "tf32"), ("bf16", "ieee")]
 )
 def test_products_compile_for_a_gpu_that_is_not_here(dtype: str, precision: str) -> None:
-    from backends.ops.kernels import _squares
+    from backends.ops.kernels import _squares, _squares_in_doubt
 
     constants = {"HEIGHT": 64, "WIDTH": 64, "DEPTH": 32, "PRECISION": precision}
-    kinds = {
-        "left_ptr": f"*{dtype}",
-        "right_ptr": f"*{dtype}",
-        "out_ptr": "*fp32",
-        "known_ptr": "*fp64",
-        "allowed": "fp32",
-    }
+    kinds = {"left_ptr": f"*{dtype}", "right_ptr": f"*{dtype}", "out_ptr": "*fp32", **KNOWN}
     kinds |= dict.fromkeys(("left_stride", "right_stride"), ("i32",) * 3)
     for one_tile in ({}, {"down": 1, "across": 1}):  # Triton makes a constant of 1
-        for known in (0, 4):
-            made = compiled(_squares, constants | one_tile | {"KNOWN": known}, kinds)
+        alone = one_tile and {"programs": 1}
+        for made in (
+            compiled(_squares, constants | one_tile, kinds),
+            compiled(_squares_in_doubt, constants | one_tile | alone | {"KNOWN": 4}, kinds),
+        ):
             assert "wgmma" in made.asm["ptx"]  # by tensor cores
 
 

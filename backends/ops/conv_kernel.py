@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from backends import precision
-from backends.ops.kernels import DEPTH, LARGEST, STAGES, exact, fitting, known_of, warps_for, within_reach
+from backends.ops.kernels import DEPTH, IN_DOUBT, LARGEST, STAGES, exact, fitting, known_of, warps_for, within_reach
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Product:
         """Return ‖g_i‖² [N], in float32; no gradient is written.
 
         Args:
-            known: What is known already, in one group; see `kernels.squares_of_products`.
+            known: What is known already; see `kernels.squares_of_products`.
             allowed: The largest error, relative to the result, with which it is taken.
         """
         return self._tiles(None, known, allowed).sum(1)
@@ -65,40 +65,44 @@ class Product:
         p, q = self.y.shape[2] // self.groups, self.x.shape[2] // self.groups * prod(self.kernel)
         height, width = fitting(p, LARGEST), fitting(q, LARGEST if p > LARGEST else LARGEST // 2)  # fastest on H100
         down, across = triton.cdiv(p, height), triton.cdiv(q, width)
-        squares = self.y.new_empty(len(self.y), self.groups * down * across, dtype=torch.float32)
-        addends = 0 if known is None else known.shape[2]
+        tiles = self.groups * down * across
+        programs = tiles if known is None else min(tiles, IN_DOUBT)
+        squares = self.y.new_empty(len(self.y), programs, dtype=torch.float32)
         tf32 = self.x.is_cuda and self.x.dtype == torch.float32 and precision.tf32_in_convolutions()
+        arguments = (
+            self.x,
+            self.y,
+            squares if out is None else out,
+            (*self.x.stride()[:3], *_three(self.x.stride()[3:], 0)),
+            (*self.y.stride()[:3], *_three(self.y.stride()[3:], 0)),
+            _three(self.x.shape[3:], 1),
+            _three(self.y.shape[3:], 1),
+            _three(self.kernel, 1),
+            _three(self.stride, 1),
+            _three(self.padding, 0),
+            _three(self.dilation, 1),
+            self.y.shape[2] // self.groups,
+            self.x.shape[2] // self.groups,
+            self.y.shape[1] * prod(self.y.shape[3:]),
+            self.groups,
+            down,
+            across,
+        )
+        options = {
+            "HEIGHT": height,
+            "WIDTH": width,
+            "DEPTH": DEPTH,
+            "PRECISION": "tf32" if tf32 else exact(self.x),
+            "num_warps": warps_for(height, width),
+            "num_stages": STAGES,
+        }
         with torch.cuda.device_of(self.y):  # Triton launches on the current device
-            _product[(squares.numel(),)](
-                self.x,
-                self.y,
-                squares if out is None else out,
-                squares if known is None else known,
-                (*self.x.stride()[:3], *_three(self.x.stride()[3:], 0)),
-                (*self.y.stride()[:3], *_three(self.y.stride()[3:], 0)),
-                _three(self.x.shape[3:], 1),
-                _three(self.y.shape[3:], 1),
-                _three(self.kernel, 1),
-                _three(self.stride, 1),
-                _three(self.padding, 0),
-                _three(self.dilation, 1),
-                self.y.shape[2] // self.groups,
-                self.x.shape[2] // self.groups,
-                self.y.shape[1] * prod(self.y.shape[3:]),
-                self.groups,
-                down,
-                across,
-                addends,
-                allowed,
-                WRITE=out is not None,
-                KNOWN=triton.next_power_of_2(addends),
-                HEIGHT=height,
-                WIDTH=width,
-                DEPTH=DEPTH,
-                PRECISION="tf32" if tf32 else exact(self.x),
-                num_warps=warps_for(height, width),
-                num_stages=STAGES,
-            )
+            if known is None:
+                _product[(squares.numel(),)](*arguments, WRITE=out is not None, **options)
+            else:
+                addends = known.shape[2]
+                options["KNOWN"] = triton.next_power_of_2(addends)
+                _product_in_doubt[(squares.numel(),)](*arguments, known, addends, allowed, programs, **options)
         return squares
 
 
@@ -113,7 +117,6 @@ def _product(  # type: ignore[no-untyped-def]
     x_ptr,
     y_ptr,
     out_ptr,
-    known_ptr,
     x_stride,
     y_stride,
     size,
@@ -128,10 +131,7 @@ def _product(  # type: ignore[no-untyped-def]
     groups,
     down,
     across,
-    addends,
-    allowed,
     WRITE: tl.constexpr,
-    KNOWN: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -139,21 +139,134 @@ def _product(  # type: ignore[no-untyped-def]
 ):
     """One tile of one sample's gradient, in one group; names of tuples are those of `Product`."""
     tile = tl.program_id(0)
-    sample, tile = tile // (groups * down * across), tile % (groups * down * across)
+    sample, tile = (tile // (groups * down * across)).to(tl.int64), tile % (groups * down * across)
     group, of_group = tile // (down * across), tile % (down * across)
     p = of_group // across * HEIGHT + tl.arange(0, HEIGHT)
     q = of_group % across * WIDTH + tl.arange(0, WIDTH)
+    x_ptr += sample * x_stride[0]
+    y_ptr += sample * y_stride[0]
+    found = _tile(
+        x_ptr,
+        y_ptr,
+        x_stride,
+        y_stride,
+        size,
+        out_size,
+        kernel,
+        stride,
+        padding,
+        dilation,
+        p_each,
+        c_each,
+        length,
+        group,
+        p,
+        q,
+        DEPTH,
+        PRECISION,
+    )
+    if WRITE:
+        places = kernel[0] * kernel[1] * kernel[2]
+        inside = (p < p_each)[:, None] & (q // places < c_each)[None, :]
+        row = (group * p_each + p)[:, None] * (c_each * places) + q[None, :]
+        tl.store(out_ptr + sample * (groups * p_each * c_each * places) + row, found, mask=inside)
+    else:
+        tl.store(out_ptr + tl.program_id(0), tl.sum(tl.sum(found * found, 1), 0))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _product_in_doubt(  # type: ignore[no-untyped-def]
+    x_ptr,
+    y_ptr,
+    out_ptr,
+    x_stride,
+    y_stride,
+    size,
+    out_size,
+    kernel,
+    stride,
+    padding,
+    dilation,
+    p_each,
+    c_each,
+    length,
+    groups,
+    down,
+    across,
+    known_ptr,
+    addends,
+    allowed,
+    programs,
+    KNOWN: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What some tiles of one sample's gradient add to ‖g_i‖², where that is not known exactly enough."""
+    sample, first = (tl.program_id(0) // programs).to(tl.int64), tl.program_id(0) % programs
+    x_ptr += sample * x_stride[0]
+    y_ptr += sample * y_stride[0]
+    known, sure = known_of(known_ptr, sample, addends, allowed, KNOWN)
+    total = tl.where(sure & (first == 0), known.to(tl.float32), 0.0)
+    for tile in range(first, tl.where(sure, 0, groups * down * across), programs):
+        group, of_group = tile // (down * across), tile % (down * across)
+        p = of_group // across * HEIGHT + tl.arange(0, HEIGHT)
+        q = of_group % across * WIDTH + tl.arange(0, WIDTH)
+        found = _tile(
+            x_ptr,
+            y_ptr,
+            x_stride,
+            y_stride,
+            size,
+            out_size,
+            kernel,
+            stride,
+            padding,
+            dilation,
+            p_each,
+            c_each,
+            length,
+            group,
+            p,
+            q,
+            DEPTH,
+            PRECISION,
+        )
+        total += tl.sum(tl.sum(found * found, 1), 0)
+    tl.store(out_ptr + tl.program_id(0), total)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _tile(  # type: ignore[no-untyped-def]
+    x_ptr,
+    y_ptr,
+    x_stride,
+    y_stride,
+    size,
+    out_size,
+    kernel,
+    stride,
+    padding,
+    dilation,
+    p_each,
+    c_each,
+    length,
+    group,
+    p,
+    q,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Rows p and columns q of one sample's gradient, in one group."""
     places = kernel[0] * kernel[1] * kernel[2]
     c, place = q // places, q % places
     first_d = place // (kernel[1] * kernel[2]) * dilation[0] - padding[0]
     first_h = place // kernel[2] % kernel[1] * dilation[1] - padding[1]
     first_w = place % kernel[2] * dilation[2] - padding[2]
-    x_ptr += sample.to(tl.int64) * x_stride[0] + group * c_each * x_stride[2]
-    y_ptr += sample.to(tl.int64) * y_stride[0] + group * p_each * y_stride[2]
-    found = tl.zeros((HEIGHT, WIDTH), dtype=tl.float32)
-    if KNOWN > 0:
-        known, sure = known_of(known_ptr, sample.to(tl.int64), addends, allowed, KNOWN)
-        length = tl.where(sure, 0, length)
+    x_ptr += group * c_each * x_stride[2]
+    y_ptr += group * p_each * y_stride[2]
+    found = tl.zeros((p.shape[0], q.shape[0]), dtype=tl.float32)
     for start in range(0, length, DEPTH):
         r = start + tl.arange(0, DEPTH)
         w, h = r % out_size[2], r // out_size[2] % out_size[1]
@@ -170,12 +283,4 @@ def _product(  # type: ignore[no-untyped-def]
         x_at += x_d * x_stride[3] + x_h * x_stride[4] + x_w * x_stride[5]
         x = tl.load(x_ptr + x_at, mask=x_in, other=0.0)
         found = tl.dot(y, x, found, input_precision=PRECISION)
-    if WRITE:
-        inside = (p < p_each)[:, None] & (c < c_each)[None, :]
-        row = (group * p_each + p)[:, None] * (c_each * places) + q[None, :]
-        tl.store(out_ptr + sample.to(tl.int64) * (groups * p_each * c_each * places) + row, found, mask=inside)
-    else:
-        squares = tl.sum(tl.sum(found * found, 1), 0)
-        if KNOWN > 0:
-            squares = tl.where(sure & (tile == 0), known.to(tl.float32), squares)
-        tl.store(out_ptr + tl.program_id(0), squares)
+    return found

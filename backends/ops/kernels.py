@@ -21,6 +21,7 @@ DEPTH = 32  # products added at a time
 WRITTEN, ROWS = 1024, 8  # numbers that a program writes in a row, and rows, of outer products
 FARTHEST = 2**31 - 1 - LARGEST * DEPTH  # numbers from the first of a sample, with room for what is masked
 STAGES = 3  # of loads that are under way
+IN_DOUBT = 8  # programs of a sample at most, where most have nothing to do: starting them is what takes the time
 
 
 def squares_of_products(left: Tensor, right: Tensor, known: Tensor | None = None, allowed: float = 0.0) -> Tensor:
@@ -38,31 +39,24 @@ def squares_of_products(left: Tensor, right: Tensor, known: Tensor | None = None
     wide = left.dtype == torch.float32
     height, width = fitting(p, LARGEST), fitting(d, LARGEST)
     down, across = triton.cdiv(p, height), triton.cdiv(d, width)
-    out = left.new_empty(n, down * across, dtype=torch.float32)
-    addends = 0 if known is None else known.shape[2]
+    options = {
+        "HEIGHT": height,
+        "WIDTH": width,
+        "DEPTH": DEPTH,
+        "PRECISION": _precision(left, right),
+        "num_warps": warps_for(height, width) if wide else 4,
+        "num_stages": STAGES,
+    }
+    programs = down * across if known is None else min(down * across, IN_DOUBT)
+    out = left.new_empty(n, programs, dtype=torch.float32)
+    arguments = (left, right, out, left.stride(), right.stride(), p, d, length, down, across)
     with torch.cuda.device_of(left):  # Triton launches on the current device
-        _squares[(out.numel(),)](
-            left,
-            right,
-            out,
-            out if known is None else known,
-            left.stride(),
-            right.stride(),
-            p,
-            d,
-            length,
-            down,
-            across,
-            addends,
-            allowed,
-            KNOWN=triton.next_power_of_2(addends),
-            HEIGHT=height,
-            WIDTH=width,
-            DEPTH=DEPTH,
-            PRECISION=_precision(left, right),
-            num_warps=warps_for(height, width) if wide else 4,
-            num_stages=STAGES,
-        )
+        if known is None:
+            _squares[(out.numel(),)](*arguments, **options)
+        else:
+            addends = known.shape[2]
+            options["KNOWN"] = triton.next_power_of_2(addends)
+            _squares_in_doubt[(out.numel(),)](*arguments, known, addends, allowed, programs, **options)
     return out.sum(1)
 
 
@@ -130,7 +124,6 @@ def _squares(  # type: ignore[no-untyped-def]
     left_ptr,
     right_ptr,
     out_ptr,
-    known_ptr,
     left_stride,
     right_stride,
     p,
@@ -138,9 +131,6 @@ def _squares(  # type: ignore[no-untyped-def]
     length,
     down,
     across,
-    addends,
-    allowed,
-    KNOWN: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -152,10 +142,62 @@ def _squares(  # type: ignore[no-untyped-def]
     j = tile % across * WIDTH + tl.arange(0, WIDTH)
     left_ptr += sample * left_stride[0]
     right_ptr += sample * right_stride[0]
-    found = tl.zeros((HEIGHT, WIDTH), dtype=tl.float32)
-    if KNOWN > 0:
-        known, sure = known_of(known_ptr, sample, addends, allowed, KNOWN)
-        length = tl.where(sure, 0, length)
+    found = _tile(left_ptr, right_ptr, left_stride, right_stride, p, d, length, i, j, DEPTH, PRECISION)
+    tl.store(out_ptr + tl.program_id(0), tl.sum(tl.sum(found * found, 1), 0))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _squares_in_doubt(  # type: ignore[no-untyped-def]
+    left_ptr,
+    right_ptr,
+    out_ptr,
+    left_stride,
+    right_stride,
+    p,
+    d,
+    length,
+    down,
+    across,
+    known_ptr,
+    addends,
+    allowed,
+    programs,
+    KNOWN: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What some tiles of one sample's gradient add to ‖g_i‖², where that is not known exactly enough."""
+    sample, first = (tl.program_id(0) // programs).to(tl.int64), tl.program_id(0) % programs
+    left_ptr += sample * left_stride[0]
+    right_ptr += sample * right_stride[0]
+    known, sure = known_of(known_ptr, sample, addends, allowed, KNOWN)
+    total = tl.where(sure & (first == 0), known.to(tl.float32), 0.0)
+    for tile in range(first, tl.where(sure, 0, down * across), programs):
+        i = tile // across * HEIGHT + tl.arange(0, HEIGHT)
+        j = tile % across * WIDTH + tl.arange(0, WIDTH)
+        found = _tile(left_ptr, right_ptr, left_stride, right_stride, p, d, length, i, j, DEPTH, PRECISION)
+        total += tl.sum(tl.sum(found * found, 1), 0)
+    tl.store(out_ptr + tl.program_id(0), total)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _tile(  # type: ignore[no-untyped-def]
+    left_ptr,
+    right_ptr,
+    left_stride,
+    right_stride,
+    p,
+    d,
+    length,
+    i,
+    j,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Rows i and columns j of one sample's gradient."""
+    found = tl.zeros((i.shape[0], j.shape[0]), dtype=tl.float32)
     for start in range(0, length, DEPTH):
         t = start + tl.arange(0, DEPTH)
         left_in = (t < length)[None, :] & (i < p)[:, None]
@@ -165,10 +207,7 @@ def _squares(  # type: ignore[no-untyped-def]
             right_ptr + t[:, None] * right_stride[1] + j[None, :] * right_stride[2], mask=right_in, other=0.0
         )
         found = tl.dot(left, right, found, input_precision=PRECISION)
-    squares = tl.sum(tl.sum(found * found, 1), 0)
-    if KNOWN > 0:
-        squares = tl.where(sure & (tile == 0), known.to(tl.float32), squares)
-    tl.store(out_ptr + tl.program_id(0), squares)
+    return found
 
 
 @triton.jit  # type: ignore[untyped-decorator]
