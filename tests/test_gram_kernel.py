@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from backends.ops import persample
 from backends.ops.correlation import grouped, product_of
 from backends.ops.outer import Outer, shows
 from tests.cases import DEVICE
@@ -53,13 +54,15 @@ def test_where_the_gram_form_cancels_it_is_not_taken(dtype: torch.dtype, widths:
 
 @runs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_norms_of_convolutions_are_in_doubt_each_for_itself(dtype: torch.dtype) -> None:
+def test_norms_of_convolutions_are_in_doubt_each_for_itself(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first sample's image hardly differs from a constant, and its gradient has hardly a sum."""
     form = convolution(dtype)
     exact = grouped(convolution(dtype, torch.float64)).flatten(1).square().sum(1)
     gaps = {}
     for allowed in (torch.inf, shows(form.like)):
-        with pytest.MonkeyPatch.context() as patch:
+        with monkeypatch.context() as patch:
             patch.setattr("backends.ops.correlation.shows", lambda like, allowed=allowed: allowed)
             gaps[allowed] = (form.squares_by_gram_fused().double() / exact - 1).abs()
     cancelled, kept = gaps.values()
@@ -67,6 +70,8 @@ def test_norms_of_convolutions_are_in_doubt_each_for_itself(dtype: torch.dtype) 
     assert kept[0] <= 1e-5
     assert torch.equal(kept[1:], cancelled[1:])
     assert kept.max() <= 1e-5
+    monkeypatch.setitem(persample.AT_A_TIME, DEVICE.type, 1)
+    assert (form.squares_by_gram_fused().double() / exact - 1).abs().max() <= 1e-5
 
 
 @runs

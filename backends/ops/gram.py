@@ -109,4 +109,5 @@ def sums(lefts: Tensor, rights: Tensor, numbers: int, dtype: torch.dtype) -> tup
     left, right = (t.diagonal(dim1=1, dim2=2).sqrt() for t in (lefts, rights))  # lengths
     most = (left * right).sum(1).square()
     error = (numbers + lefts.shape[1] ** 2) * torch.finfo(lefts.dtype).eps / 2 * most
-    return squares, ~(error <= torch.finfo(dtype).eps / 2 * squares)  # NaN is in doubt too
+    sure = (error <= torch.finfo(dtype).eps / 2 * squares) & squares.isfinite()  # infinite may be one factor only
+    return squares, ~sure
