@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backends.ops import persample
-from backends.ops.correlation import Correlation, grouped
+from backends.ops.conv_ways import grouped
+from backends.ops.correlation import Correlation
 from backends.ops.gram import Window, pairs, products_of_patches, sums
 from backends.ops.persample import WIDER, PerSample
 from tests.asserts import assert_close
@@ -23,14 +24,14 @@ def windows(draw: st.DrawFn) -> Window:
     reach = dilation * (width - 1) + 1
     padding = draw(st.integers(0, reach))
     pixels = draw(st.integers(max(1, reach - 2 * padding), 8 + reach))
-    outputs = (pixels + 2 * padding - reach) // stride + 1
-    return Window(width, stride, padding, dilation, pixels, draw(st.integers(1, outputs)))
+    return Window(width, stride, padding, dilation, pixels, (pixels + 2 * padding - reach) // stride + 1)
 
 
-def reading(images: int, of: list[Window], channels: int = 2, outputs: int = 3) -> Correlation:
+def reading(images: int, of: list[Window], samples: int = 2) -> Correlation:
     """Return a convolution that reads its input so."""
-    x = real(2, images, channels, *(w.pixels for w in of))
-    y = real(2, images, outputs, *(w.outputs for w in of))
+    channels, outputs = 2, 3
+    x = real(samples, images, channels, *(w.pixels for w in of))
+    y = real(samples, images, outputs, *(w.outputs for w in of))
     options = [tuple(getattr(w, name) for w in of) for name in ("stride", "padding", "dilation")]
     return Correlation(x, y, (outputs, channels, *(w.width for w in of)), *options, groups=1)
 
@@ -41,6 +42,18 @@ def test_products_of_patches_are_those_of_the_patches(images: int, of: list[Wind
     form = reading(images, of)
     patches = form.patches().right
     assert_close(products_of_patches(form.x, form.windows()), patches @ patches.mT)
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.integers(1, 2), st.lists(windows(), min_size=1, max_size=2), st.sampled_from([1, 2**21]))
+def test_inner_products_of_samples_are_those_of_their_gradients(images: int, of: list[Window], at_a_time: int) -> None:
+    form = reading(images, of, samples=4)
+    exact = PerSample.gram(form)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(persample.AT_A_TIME, DEVICE.type, at_a_time)
+        patch.setitem(WIDER, torch.float64, torch.float64)
+        patch.setattr("backends.ops.correlation.exact", lambda squares, *_: squares == squares)
+        assert_close(form.gram_by_pixels(), exact)
 
 
 def test_three_dimensions_are_as_one() -> None:
@@ -87,6 +100,17 @@ def test_where_the_gram_form_cancels_gradients_are_made(dtype: torch.dtype) -> N
     assert found[0] == PerSample.squares(form.only(slice(1)))
 
 
+def test_where_one_sample_cancels_inner_products_are_those_of_gradients() -> None:
+    form = convolution(torch.float32)
+    direct, sure = PerSample.gram(form), form.only(slice(1, None))
+    assert torch.equal(form.gram_by_pixels(), direct)
+    exact = PerSample.gram(convolution(torch.float32, torch.float64).only(slice(1, None)))
+    found = sure.gram_by_pixels()
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, direct[1:, 1:])
+    assert (found.double() - exact).abs().max() <= 2 * torch.finfo(torch.float32).eps * exact.max()
+
+
 def test_samples_may_come_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     form = reading(1, [Window(3, 1, 1, 1, 6, 6), Window(3, 2, 1, 1, 7, 4)])
     form = Correlation(form.x.float(), form.y.float(), *list(vars(form).values())[2:7])
@@ -97,15 +121,29 @@ def test_samples_may_come_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    ("size", "channels", "outputs", "less"), [(4, 16, 32, True), (16, 16, 32, False), (8, 32, 2, False)]
+    ("size", "channels", "outputs", "groups", "less"),
+    [(4, 16, 32, 1, True), (16, 16, 32, 1, False), (8, 32, 2, 1, False), (4, 16, 32, 2, False)],
 )
 def test_the_gram_form_is_measured_where_it_multiplies_less(
-    size: int, channels: int, outputs: int, less: bool, monkeypatch: pytest.MonkeyPatch
+    size: int, channels: int, outputs: int, groups: int, less: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ranked: dict[tuple[str, torch.device], list[str]] = {}
     monkeypatch.setattr("backends.ops.choice._RANKED", ranked)
     x, y = (real(N, 1, each, size, size).float() for each in (channels, outputs))
-    form = Correlation(x, y, (outputs, channels, 3, 3), (1, 1), (1, 1), (1, 1), 1)
+    form = Correlation(x, y, (outputs, channels // groups, 3, 3), (1, 1), (1, 1), (1, 1), groups)
     exact = grouped(form).double().flatten(1).square().sum(1)
     torch.testing.assert_close(form.squares().double(), exact, rtol=1e-5, atol=0)
     assert any("gram" in names for names in ranked.values()) == less
+    torch.testing.assert_close(form.gram().diagonal().double(), exact, rtol=1e-5, atol=0)
+    assert any("by pixels" in names for names in ranked.values()) == less
+
+
+def test_of_many_samples_inner_products_of_gradients_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients are made once a sample, products of pixels once a pair."""
+    ranked: dict[tuple[str, torch.device], list[str]] = {}
+    monkeypatch.setattr("backends.ops.choice._RANKED", ranked)
+    for samples, measured in ((8, True), (40, False)):  # 16² · 48 a pair, for 16 · 4608 a sample and 4608 a pair
+        x, y = (real(samples, 1, channels, 4, 4).float() for channels in (16, 32))
+        Correlation(x, y, (32, 16, 3, 3), (1, 1), (1, 1), (1, 1), 1).gram()
+        assert any("by pixels" in names for names in ranked.values()) == measured
+        ranked.clear()

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from backends.ops import persample
-from backends.ops.correlation import grouped, product_of
+from backends.ops.conv_ways import grouped, product_of
 from backends.ops.outer import Outer, shows
 from tests.cases import DEVICE
 from tests.precisions import INTERPRETED, N, convolution, runs

@@ -14,7 +14,8 @@ from torch.torch_version import TorchVersion
 
 from backends import get_backend
 from backends.ops.choice import CHOSEN, kernels
-from backends.ops.correlation import Correlation, grouped
+from backends.ops.conv_ways import grouped
+from backends.ops.correlation import Correlation
 from backends.ops.outer import Outer
 from tests.cases import DEVICE, Functional, linear, squares
 from tests.precisions import INTERPRETED, N, runs, tf32
@@ -55,7 +56,7 @@ def correlation(name: str, dtype: torch.dtype) -> Correlation:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_gradients_of_convolutions_and_norms_are_those_of_float64(name: str, dtype: torch.dtype) -> None:
-    from backends.ops.correlation import product_of
+    from backends.ops.conv_ways import product_of
 
     form = correlation(name, dtype)
     exact = grouped(Correlation(form.x.double(), form.y.double(), *list(vars(form).values())[2:7]))
@@ -70,7 +71,7 @@ def test_gradients_of_convolutions_and_norms_are_those_of_float64(name: str, dty
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="TF32 is CUDA's")
 @pytest.mark.parametrize("form", ["samples first", "positions last"])
 def test_where_tf32_is_allowed_results_are_as_near_as_that(form: str) -> None:
-    from backends.ops.correlation import product_of
+    from backends.ops.conv_ways import product_of
     from backends.ops.kernels import squares_of_products
 
     left, right = (torch.randn(N, 70, width, device=DEVICE, dtype=torch.float32) for width in (150, 40))

@@ -10,7 +10,8 @@ from backends import get_backend
 from backends.derived import Moments
 from backends.ops import persample
 from backends.ops.choice import CHOSEN
-from backends.ops.correlation import Correlation, by_patches, by_places, grouped
+from backends.ops.conv_ways import by_patches, by_places, grouped
+from backends.ops.correlation import Correlation
 from backends.ops.float16 import without_float16
 from backends.ops.linear import Scattered
 from backends.ops.outer import Outer

@@ -3,9 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
 from math import prod
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +12,10 @@ from torch import Tensor
 from backends import precision
 from backends.derived import wide
 from backends.ops.choice import Way, capturing, fastest
-from backends.ops.gram import Window, inner_products, pairs, products_of_patches, sums
-from backends.ops.outer import Outer, outer, shows
+from backends.ops.conv_ways import by_patches, by_places, grouped, product_of
+from backends.ops.gram import Window, exact, inner_products, pairs, products_of_patches, sums
+from backends.ops.outer import Outer, shows
 from backends.ops.persample import WIDER, Empty, PerSample, at_a_time, fresh, scaled
-
-if TYPE_CHECKING:
-    from backends.ops.conv_kernel import Product
 
 IMAGES = 8
 """Times as many bytes of images as of gradients may be at work at a time: ways copy both, but gradients go on."""
@@ -110,14 +106,22 @@ class Correlation(PerSample):
         if self.positions() >= MANY:
             kernels["implicit_gemm"] = lambda: product_of(self).squares()
         if self.groups == 1:
-            direct = self.positions() * prod(self.shape)  # multiplications
-            gram = self.pairs() * self.x.shape[2] + self.positions() ** 2 * self.shape[0]
+            direct, gram = self.positions() * prod(self.shape), self.multiplied()
             if gram < direct and self.like.dtype in WIDER and not capturing(self.like):
                 ways["gram"] = self.squares_by_gram
             kernels["patches, fused"] = self.squares_by_patches
             if gram < 2 * direct:
                 kernels["gram, fused"] = self.squares_by_gram_fused
         return fastest(ways, f"norms of {self.geometry()}", self.samples, self.like, kernels)
+
+    def gram(self) -> Tensor:
+        """Return ⟨g_i, g_j⟩ [N, N]; of small images perhaps without gradients."""
+        ways: dict[str, Way] = {"direct": super().gram}
+        direct = (2 * self.positions() + self.samples) * prod(self.shape)  # each pair once
+        fewer = self.groups == 1 and self.samples * self.multiplied() < direct
+        if fewer and self.like.dtype in WIDER and not capturing(self.like):
+            ways["by pixels"] = self.gram_by_pixels
+        return fastest(ways, f"inner products of {self.geometry()}", self.samples, self.like)
 
     def squares_by_patches(self) -> Tensor:
         """Return ‖g_i‖² [N] by a Triton kernel on patches, some samples at a time."""
@@ -148,14 +152,40 @@ class Correlation(PerSample):
             found.append(product_of(of).squares(known, shows(self.like)))
         return torch.cat(found)
 
-    def parts_by_gram(self, dtype: torch.dtype) -> list[slice]:
-        """Return slices of as many samples as have their inner products at a time."""
-        return at_a_time(self.samples, (self.pairs() + self.positions() ** 2) * dtype.itemsize, self.like)
+    def gram_by_pixels(self) -> Tensor:
+        """Return ⟨g_i, g_j⟩ [N, N] as Σ_ts ⟨y_it, y_js⟩ ⟨patch_it, patch_js⟩, if its rounding cannot show anywhere."""
+        wider, positions, lengths = WIDER[self.like.dtype], self.positions(), []
+        found = self.like.new_empty(self.samples, self.samples, dtype=wider)
+        all_images, all_pixels = (t.flatten(0, 1)[None].to(wider) for t in (self.x, self.pixels()))
+        for some in self.parts_by_gram(wider, self.samples):
+            n, many, after = len(range(self.samples)[some]), self.x.shape[1], slice(some.start, None)
+            images, pixels = all_images[:, some.start * many :], all_pixels[:, some.start * positions :]
+            lefts = inner_products(pixels[:, : n * positions], pixels)
+            rights = products_of_patches(images[:, : n * many], self.windows(), images)
+            left, right = (t.diagonal(dim1=1, dim2=2).sqrt() for t in (lefts, rights))
+            lengths.append((left * right).view(n, positions))
+            products = (lefts * rights).view(n, positions, -1, positions).sum((1, 3))
+            found[some, after], found[after, some] = products, products.mT
+        numbers = self.shape[0] + prod(self.shape[1:])
+        sure = exact(found.diagonal(), torch.cat(lengths), numbers, self.like.dtype)
+        return found.to(self.like.dtype) if sure.all() else super().gram()
+
+    def parts_by_gram(self, dtype: torch.dtype, others: int = 1) -> list[slice]:
+        """Return slices of as many samples as have their inner products, with those of so many others, at a time."""
+        numbers = (self.pairs() + self.positions() ** 2) * others
+        return at_a_time(self.samples, numbers * dtype.itemsize, self.like)
 
     def inner_products(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return those of the pixels of y and of the patches of x, with each other [N, T, T], computed from a dtype."""
-        pixels = self.y.movedim(2, -1).flatten(1, -2).to(dtype)
-        return inner_products(pixels), products_of_patches(self.x.to(dtype), self.windows())
+        return inner_products(self.pixels().to(dtype)), products_of_patches(self.x.to(dtype), self.windows())
+
+    def pixels(self) -> Tensor:
+        """Return those of y, [N, T, P]."""
+        return self.y.movedim(2, -1).flatten(1, -2)
+
+    def multiplied(self) -> int:
+        """Return how many multiplications a sample's norm takes in the Gram form."""
+        return self.pairs() * self.x.shape[2] + self.positions() ** 2 * self.shape[0]
 
     def windows(self) -> list[Window]:
         """Return how x is read in each dimension."""
@@ -191,49 +221,3 @@ class Correlation(PerSample):
         d = prod(self.shape[1:])
         left = self.y.movedim(1, 2).reshape(n, p, -1)
         return Outer(left.mT, patches.movedim(1, len(size) + 2).reshape(n, d, -1).mT)
-
-
-def grouped(of: Correlation) -> Tensor:
-    """A sample's gradient is that of one more group: N samples are a convolution of N·groups groups."""
-    n, (p, *others) = of.samples, of.shape
-    x, y = (t.transpose(0, 1).flatten(1, 2) for t in (of.x, of.y))  # [B, N·channels, *size]
-    return of.gradient(x, y, (n * p, *others), n * of.groups).view(n, p, *others)
-
-
-def by_patches(of: Correlation) -> Tensor:
-    """Products of matrices of patches, for as many samples at a time as stay in cache."""
-    patches = prod(of.y.shape[3:]) * of.y.shape[1] * prod(of.shape[1:])  # numbers a sample
-    out = of.y.new_empty(of.samples, of.shape[0], prod(of.shape[1:]))
-    for some in at_a_time(of.samples, patches * of.like.element_size(), of.like):
-        pair = of.only(some).patches()
-        outer(pair.left, pair.right, out=out[some])
-    return out.view(-1, *of.shape)
-
-
-def by_places(of: Correlation) -> Tensor:
-    """One product of matrices for each place in the kernel, of images that are there: no patches. Stride 1 only.
-
-    Rows of pixels go on without a gap once y is as wide as the padded x; then all of an image, shifted, is one matrix.
-    """
-    (p, c, *kernel), out_size = of.shape, of.y.shape[3:]
-    size = [width + 2 * pad for width, pad in zip(of.x.shape[3:], of.padding, strict=True)]
-    pixel = [prod(size[d + 1 :]) for d in range(len(size))]
-    length = 1 + sum((width - 1) * step for width, step in zip(out_size, pixel, strict=True))
-    wider = [0, *(whole - part for whole, part in zip(size[1:], out_size[1:], strict=True))]
-    rows = of.y.new_empty(of.samples, p, c, prod(kernel))
-    for some in at_a_time(of.samples, of.like.element_size() * max((c + p) * prod(size), rows[0].numel()), of.like):
-        x = F.pad(of.x[some, 0], [side for pad in reversed(of.padding) for side in (pad, pad)]).flatten(2)
-        y = F.pad(of.y[some, 0], [side for more in reversed(wider) for side in (0, more)]).flatten(2)[..., :length]
-        places = of.y.new_empty(prod(kernel), len(x), p, c)
-        for place, index in zip(places, product(*map(range, kernel)), strict=True):
-            start = sum(i * apart * step for i, apart, step in zip(index, of.dilation, pixel, strict=True))
-            outer(y.mT, x[..., start : start + length].mT, out=place)
-        rows[some] = places.movedim(0, -1)
-    return rows.view(-1, *of.shape)
-
-
-def product_of(of: Correlation) -> "Product":
-    """Return what a Triton kernel computes."""
-    from backends.ops.conv_kernel import Product  # triton need not be installed
-
-    return Product(of.x, of.y, of.shape[2:], of.stride, of.padding, of.dilation, of.groups)

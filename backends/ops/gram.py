@@ -54,20 +54,34 @@ def pairs(images: int, windows: Sequence[Window]) -> int:
     return images**2 * prod(window.pairs() for window in windows)
 
 
-def products_of_patches(x: Tensor, windows: Sequence[Window]) -> Tensor:
-    """Return the inner products [N, T, T] of the patches of x [N, B, C, *pixels], T = B·outputs, without patches."""
-    (n, b), dimensions, total = x.shape[:2], len(windows), None
+def products_of_patches(x: Tensor, windows: Sequence[Window], others: Tensor | None = None) -> Tensor:
+    """Return inner products of patches, without patches.
+
+    Args:
+        x: [N, B, C, *pixels].
+        windows: How they are read, in each dimension.
+        others: Of these with those of x [N, S, C, *pixels]; x itself by default.
+
+    Returns:
+        [N, B·outputs, S·outputs].
+    """
+    dimensions, total = len(windows), None
     for firsts in product(*(window.shifts() for window in windows)):
-        some = x
-        for axis, (first, window) in enumerate(zip(firsts, windows, strict=True)):
-            some = some[(slice(None),) * (axis + 3) + (slice(first, None, window.stride),)]
-        size = (b, *some.shape[3:])
-        found = inner_products(some.movedim(2, -1).flatten(1, -2)).view(n, *size, *size)
+        vectors = [_every(t, firsts, windows) for t in ((x,) if others is None else (x, others))]
+        sizes = [size for t in (vectors[0], vectors[-1]) for size in t.shape[1:-1]]
+        found = inner_products(*(t.flatten(1, -2) for t in vectors)).view(len(x), *sizes)
         for axis, (first, window) in enumerate(zip(firsts, windows, strict=True)):
             found = _along(found, axis + 2, axis + 3 + dimensions, window.shifts()[first], window.outputs)
         total = found if total is None else total.add_(found)
     assert total is not None  # a kernel has a place
     return total.flatten(1, dimensions + 1).flatten(2)
+
+
+def _every(x: Tensor, firsts: Sequence[int], windows: Sequence[Window]) -> Tensor:
+    """Return the pixels with a remainder in each dimension, [N, B, *some pixels, C]."""
+    for axis, (first, window) in enumerate(zip(firsts, windows, strict=True)):
+        x = x[(slice(None),) * (axis + 3) + (slice(first, None, window.stride),)]
+    return x.movedim(2, -1)
 
 
 def _along(products: Tensor, one: int, other: int, shifts: list[int], outputs: int) -> Tensor:
@@ -86,14 +100,14 @@ def _along(products: Tensor, one: int, other: int, shifts: list[int], outputs: i
     return found
 
 
-def inner_products(vectors: Tensor) -> Tensor:
-    """Return ⟨v_t, v_s⟩ [N, T, T] of [N, T, d], in float32 at least."""
-    if vectors.dtype == torch.float64:
-        return torch.bmm(vectors, vectors.mT)
-    if vectors.dtype == torch.float32 or not vectors.is_cuda:
-        vectors = vectors.float()
-        return torch.bmm(vectors, vectors.mT)
-    return torch.bmm(vectors, vectors.mT, out_dtype=torch.float32)
+def inner_products(vectors: Tensor, others: Tensor | None = None) -> Tensor:
+    """Return ⟨v_t, w_s⟩ [N, T, S] of [N, T, d] and [N, S, d], the same ones by default; in float32 at least."""
+    others = vectors if others is None else others
+    if vectors.dtype in (torch.float32, torch.float64):
+        return torch.bmm(vectors, others.mT)
+    if vectors.is_cuda:
+        return torch.bmm(vectors, others.mT, out_dtype=torch.float32)
+    return torch.bmm(vectors.float(), others.float().mT)
 
 
 def sums(lefts: Tensor, rights: Tensor, numbers: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -106,8 +120,18 @@ def sums(lefts: Tensor, rights: Tensor, numbers: int, dtype: torch.dtype) -> tup
         dtype: In which results are wanted.
     """
     squares = (lefts * rights).sum((1, 2))
-    left, right = (t.diagonal(dim1=1, dim2=2).sqrt() for t in (lefts, rights))  # lengths
-    most = (left * right).sum(1).square()
-    error = (numbers + lefts.shape[1] ** 2) * torch.finfo(lefts.dtype).eps / 2 * most
-    sure = (error <= torch.finfo(dtype).eps / 2 * squares) & squares.isfinite()  # infinite may be one factor only
-    return squares, ~sure
+    lengths = lefts.diagonal(dim1=1, dim2=2).sqrt() * rights.diagonal(dim1=1, dim2=2).sqrt()
+    return squares, ~exact(squares, lengths, numbers, dtype)
+
+
+def exact(squares: Tensor, lengths: Tensor, numbers: int, dtype: torch.dtype) -> Tensor:
+    """Return in which samples rounding cannot show [N]; there neither in products of two of them.
+
+    Args:
+        squares: ‖g_i‖² [N], by the Gram form.
+        lengths: ‖left_t‖ ‖right_t‖ [N, T].
+        numbers: Of a vector of the ones and of the others, together.
+        dtype: In which results are wanted.
+    """
+    error = (numbers + lengths.shape[1] ** 2) * torch.finfo(squares.dtype).eps / 2 * lengths.sum(1).square()
+    return (error <= torch.finfo(dtype).eps / 2 * squares) & squares.isfinite()  # infinite may be one factor only
