@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from backends.ops import persample
+from backends.ops.choice import kernels
 from backends.ops.conv_ways import grouped, product_of
 from backends.ops.outer import Outer, shows
 from tests.cases import DEVICE
@@ -109,11 +110,31 @@ def test_samples_are_in_doubt_each_for_itself() -> None:
 
 
 @runs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_norms_of_convolutions_are_measured_in_the_gram_form(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half precision is added on tensor cores, which cut off: its estimate is the larger one."""
+    from backends.ops import gram_kernel
+
+    ranked: dict[tuple[str, torch.device], list[str]] = {}
+    monkeypatch.setattr("backends.ops.choice._RANKED", ranked)
+    rounded: list[bool] = []
+    estimated = gram_kernel.sums_and_errors
+    monkeypatch.setattr(gram_kernel, "sums_and_errors", lambda *a: rounded.append(a[-1]) or estimated(*a))
+    with kernels(True):
+        convolution(dtype).squares()
+    assert any({"direct", "patches, fused", "gram, fused"} <= set(names) for names in ranked.values())
+    assert set(rounded) == {dtype == torch.float32}
+
+
+@runs
 @pytest.mark.parametrize("programs", [1, 3, 100])
 def test_programs_share_the_tiles_of_a_sample_in_doubt(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from backends.ops import conv_kernel, kernels
+    from backends.ops import conv_kernel
+    from backends.ops import kernels as products
 
-    for module in (kernels, conv_kernel):
+    for module in (products, conv_kernel):
         monkeypatch.setattr(module, "IN_DOUBT", programs)
         monkeypatch.setattr(module, "LARGEST", 16)
     known = torch.zeros(N, 2, 1, dtype=torch.float64, device=DEVICE)  # a sum of 0 is not sure
@@ -121,7 +142,7 @@ def test_programs_share_the_tiles_of_a_sample_in_doubt(programs: int, monkeypatc
     conv = convolution(torch.float32)
     left, right = (torch.randn(N, 5, width).to(DEVICE) for width in (40, 50))
     rows = left.double().mT @ right.double(), grouped(convolution(torch.float32, torch.float64))
-    found = kernels.squares_of_products(left, right, known, 1e-3), product_of(conv).squares(known, 1e-3)
+    found = products.squares_of_products(left, right, known, 1e-3), product_of(conv).squares(known, 1e-3)
     for mine, exact in zip(found, rows, strict=True):
         right = exact.flatten(1).square().sum(1)
         right[1] = 5.0
