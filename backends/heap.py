@@ -18,9 +18,8 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
 KEPT = 2 * LARGEST
 """As much as glibc keeps once it has freed a block of the largest size. If it were more, even larger ones might fit."""
 
-
-SMALL = 2**20
-"""Bytes from which blocks are given back at once while nothing shall be kept."""
+SMALL = 2**17
+"""Bytes from which blocks are given back at once while nothing shall be kept; what glibc itself begins with."""
 
 
 def keep_freed() -> None:

@@ -126,3 +126,36 @@ def test_kept_memory_counts_where_it_is_used_again() -> None:
     call()
     grown = memory.peak(call, torch.device("cpu"))["peak_bytes"]
     assert grown is None or grown > 40e6  # None where a container forbids to measure it; a call writes 50 MB
+
+
+IN_HOLES = """
+import torch
+from backends.heap import keep_freed, nothing_kept
+from testbed.memory import peak
+
+MIB = 2**18  # of float32
+
+def call():
+    small = [torch.ones(8 * MIB) for _ in range(5)]
+    del small
+    large = [torch.ones(12 * MIB) for _ in range(5)]
+
+keep_freed()
+blocks = [torch.ones(MIB) for _ in range(60)]
+held = blocks[::10]
+del blocks
+with nothing_kept():
+    print(peak(call, torch.device("cpu"))["peak_bytes"])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+def test_holes_in_the_heap_do_not_count_as_memory_of_a_call() -> None:
+    """It holds 60 MiB at most, after 40 MiB that fit into holes."""
+    grown = subprocess.check_output([sys.executable, "-c", IN_HOLES], text=True, cwd=ROOT).strip()
+    assert grown == "None" or 60 * 2**20 <= int(grown) < 66 * 2**20  # None where a container forbids to measure it
+
+
+def test_what_a_call_raises_while_its_memory_is_measured_is_heard() -> None:
+    with pytest.raises(SystemExit, match="enough"):
+        memory.peak(lambda: sys.exit("enough"), torch.device("cpu"))
