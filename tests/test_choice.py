@@ -2,6 +2,7 @@
 
 import time
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -73,6 +74,29 @@ def test_a_wrong_kernel_is_noticed_where_it_writes_to_the_same_memory(monkeypatc
     (chosen,) = (CHOSEN.pop(key) for key in list(CHOSEN) if key.startswith("one memory"))
     assert chosen == "direct (kernel is off by 1.7e+00 where the norm is 3.5e+00)"
     assert out.tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 2])
+def test_a_kernel_has_to_be_right_on_paths_that_it_does_not_take_yet(
+    wrong: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backends.ops.choice.with_kernels", lambda like: True)
+    right, taken = torch.ones(3), []
+
+    def path(number: int) -> torch.Tensor:
+        taken.append(number)
+        return right * 2 if number == wrong else right
+
+    def slow() -> torch.Tensor:
+        time.sleep(0.01)
+        return right
+
+    what = f"path {wrong} is wrong"
+    kernel = tuple(partial(path, number) for number in (0, 1))
+    assert fastest({"slow": slow}, what, 1, right, {"kernel": kernel}).tolist() == [1, 1, 1]
+    (chosen,) = (CHOSEN.pop(key) for key in list(CHOSEN) if key.startswith(what))
+    assert chosen.startswith("slow (kernel is off by" if wrong in (0, 1) else "kernel")
+    assert taken.count(1) == 1  # only the first is timed, and taken
 
 
 @pytest.mark.parametrize("sample", [0, 1, 4, 7])

@@ -1,5 +1,7 @@
 """Norms in the Gram form by Triton kernels, and the estimate of their rounding; run as `test_kernels.py` is."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -126,6 +128,40 @@ def test_norms_of_convolutions_are_measured_in_the_gram_form(
         convolution(dtype).squares()
     assert any({"direct", "patches, fused", "gram, fused"} <= set(names) for names in ranked.values())
     assert set(rounded) == {dtype == torch.float32}
+
+
+@runs
+@pytest.mark.parametrize("kind", ["convolution", "linear"])
+def test_what_is_done_for_samples_in_doubt_has_to_be_right_before_any_is(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here none is in doubt: what later ones get would be seen by nobody."""
+    from backends.ops import gram_kernel
+    from backends.ops.conv_kernel import Product
+
+    asked: list[bool] = []
+    chosen: dict[str, str] = {}
+
+    def wrong(product: Any) -> Any:
+        def found(*arguments: Any) -> Tensor:
+            asked.append(arguments[-1] == 0)
+            return product(*arguments) * (1 + asked[-1])
+
+        return found
+
+    monkeypatch.setattr("backends.ops.choice._RANKED", {})
+    monkeypatch.setattr("backends.ops.choice.CHOSEN", chosen)
+    monkeypatch.setattr(gram_kernel, "squares_of_products", wrong(gram_kernel.squares_of_products))
+    monkeypatch.setattr(Product, "squares", wrong(Product.squares))
+    linear = Outer(*(torch.randn(N, 70, width).to(DEVICE) for width in (150, 140)))
+    form = linear if kind == "linear" else convolution(torch.float32)
+    with kernels(True):
+        form.squares()
+    (said,) = (said for what, said in chosen.items() if what.startswith("norms of"))
+    assert "(gram, fused is off by" in said
+    assert ("(half of gram, fused is off by" in said) == (kind == "linear")
+    assert True in asked
+    assert False in asked
 
 
 @runs

@@ -18,6 +18,7 @@ from backends.refusals import first_line
 from backends.shortage import enough_for
 
 Way: TypeAlias = Callable[[], Tensor]
+Paths: TypeAlias = Way | tuple[Way, ...]
 
 CHOSEN: dict[str, str] = {}
 """What has been chosen in this process by measuring and trying, by what it was chosen for; records show it."""
@@ -37,7 +38,7 @@ TRIES = 5  # of each way, in turn: the first one may compile, allocate, or pick 
 
 
 def fastest(
-    ways: Mapping[str, Way], what: str, samples: int, like: Tensor, kernels: Mapping[str, Way] | None = None
+    ways: Mapping[str, Way], what: str, samples: int, like: Tensor, kernels: Mapping[str, Paths] | None = None
 ) -> Tensor:
     """Return the tensor by the way that is fastest for `what`; when that is new, all are tried.
 
@@ -47,11 +48,12 @@ def fastest(
         samples: Their number; its power of two is part of what the choice is made for.
         like: Any tensor of the dtype and on the device.
         kernels: Ways by Triton's kernels, which are tried too where they are wanted. One that does not run (there is no
-            compiler, the GPU has too little of something), or not to the same tensor, is never the fastest.
+            compiler, the GPU has too little of something), or not to the same tensor, is never the fastest. The first
+            path is the way; others are what it does for values that may come later, and have to agree too.
     """
     if kernels and with_kernels(like):
         first = next(iter(ways.values()))
-        ways = {**ways, **{name: _Kernel(way, first) for name, way in kernels.items()}}
+        ways = {**ways, **{name: _Kernel.of(paths, first) for name, paths in kernels.items()}}
     return ways[fastest_name(ways, what, samples, like)]()
 
 
@@ -81,14 +83,18 @@ def fastest_name(ways: Mapping[str, Callable[[], object]], what: str, samples: i
 
 @dataclass
 class _Kernel:
-    """A way by a Triton kernel, another one to the same tensor, and what is the matter with the kernel."""
+    """A way by a Triton kernel, with its other paths, another way to the same tensor, and what the kernel fails in."""
 
-    way: Way
+    paths: tuple[Way, ...]
     other: Way
     failure: str = ""
 
+    @classmethod
+    def of(cls, paths: Paths, other: Way) -> "_Kernel":
+        return cls(paths if isinstance(paths, tuple) else (paths,), other)
+
     def __call__(self) -> Tensor:
-        return self.way()
+        return self.paths[0]()
 
     def compare(self, like: Tensor) -> None:
         """Find out whether the kernel runs, to the same tensor: no GPU is like the one on which it was written.
@@ -99,10 +105,12 @@ class _Kernel:
 
         def run() -> None:
             right = _ends(self.other()).clone()  # both ways may write to the same memory
-            finite, found = right.isfinite(), _ends(self.way())
-            gap, whole = (t.where(finite, 0).float().norm().item() for t in (found - right, right))
-            if not gap <= eps**0.5 * whole:
-                self.failure = f"is off by {gap:.1e} where the norm is {whole:.1e}"
+            finite = right.isfinite()
+            for path in self.paths:
+                found = _ends(path())
+                gap, whole = (t.where(finite, 0).float().norm().item() for t in (found - right, right))
+                if not gap <= eps**0.5 * whole:
+                    self.failure = f"is off by {gap:.1e} where the norm is {whole:.1e}"
 
         try:
             if not enough_for(run):

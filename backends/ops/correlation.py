@@ -11,10 +11,10 @@ from torch import Tensor
 
 from backends import precision
 from backends.derived import wide
-from backends.ops.choice import Way, capturing, fastest
+from backends.ops.choice import Paths, Way, capturing, fastest
 from backends.ops.conv_ways import by_patches, by_places, grouped, product_of
 from backends.ops.gram import Window, exact, inner_products, pairs, products_of_patches, sums
-from backends.ops.outer import Outer, shows
+from backends.ops.outer import Outer, in_doubt_too, shows
 from backends.ops.persample import WIDER, Empty, PerSample, at_a_time, fresh, scaled
 
 IMAGES = 8
@@ -102,7 +102,7 @@ class Correlation(PerSample):
     def squares(self) -> Tensor:
         """Return ‖g_i‖² [N]; of small images perhaps in the Gram form."""
         ways: dict[str, Way] = {"direct": super().squares}
-        kernels: dict[str, Way] = {}
+        kernels: dict[str, Paths] = {}
         if self.positions() >= MANY:
             kernels["implicit_gemm"] = lambda: product_of(self).squares()
         if self.groups == 1:
@@ -111,7 +111,7 @@ class Correlation(PerSample):
                 ways["gram"] = self.squares_by_gram
             kernels["patches, fused"] = self.squares_by_patches
             if gram < 2 * direct:
-                kernels["gram, fused"] = self.squares_by_gram_fused
+                kernels["gram, fused"] = in_doubt_too(self.squares_by_gram_fused)
         return fastest(ways, f"norms of {self.geometry()}", self.samples, self.like, kernels)
 
     def gram(self) -> Tensor:
@@ -140,7 +140,7 @@ class Correlation(PerSample):
             found.append(squares.to(wide(self.like.dtype)))
         return torch.cat(found)
 
-    def squares_by_gram_fused(self) -> Tensor:
+    def squares_by_gram_fused(self, allowed: float | None = None) -> Tensor:
         """Return ‖g_i‖² [N] by Triton kernels in the Gram form, but for samples where its rounding might show."""
         from backends.ops.gram_kernel import sums_and_errors  # triton need not be installed
 
@@ -149,7 +149,7 @@ class Correlation(PerSample):
         for some in self.parts_by_gram(torch.float32):
             of = self.only(some)
             known = sums_and_errors(*of.inner_products(self.like.dtype), numbers, exactly)
-            found.append(product_of(of).squares(known, shows(self.like)))
+            found.append(product_of(of).squares(known, shows(self.like) if allowed is None else allowed))
         return torch.cat(found)
 
     def gram_by_pixels(self) -> Tensor:

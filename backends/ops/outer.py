@@ -1,5 +1,6 @@
 """Gradients that are sums of outer products: of the weight of a linear layer, and of what can be written as one."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from backends import precision
 from backends.derived import squares_of, wide
-from backends.ops.choice import capturing, fastest
+from backends.ops.choice import Paths, capturing, fastest
 from backends.ops.gram import inner_products, sums
 from backends.ops.persample import WIDER, Empty, PerSample, at_a_time, bytes_at_a_time, fresh, scaled
 
@@ -56,11 +57,11 @@ class Outer(PerSample):
         ways = {"direct": super().squares}
         if positions * (p + d) < p * d and self.like.dtype in WIDER and not capturing(self.like):
             ways["gram"] = self.squares_by_gram
-        kernels = {"fused": self.squares_fused}
+        kernels: dict[str, Paths] = {"fused": self.squares_fused}
         if 0 < positions * (p + d) < 2 * p * d:  # half of that is multiplied
-            kernels["gram, fused"] = self.squares_by_gram_fused
+            kernels["gram, fused"] = in_doubt_too(self.squares_by_gram_fused)
             if positions >= MANY and self.like.dtype == torch.float32:
-                kernels["half of gram, fused"] = partial(self.squares_by_gram_fused, by_kernel=True)
+                kernels["half of gram, fused"] = in_doubt_too(partial(self.squares_by_gram_fused, by_kernel=True))
         return fastest(ways, f"norms of {self.geometry()}", self.samples, self.like, kernels)
 
     def variance(self) -> Tensor:
@@ -108,11 +109,11 @@ class Outer(PerSample):
 
         return squares_of_products(self.left, self.right)
 
-    def squares_by_gram_fused(self, by_kernel: bool = False) -> Tensor:
+    def squares_by_gram_fused(self, by_kernel: bool = False, allowed: float | None = None) -> Tensor:
         """Return ‖g_i‖² [N] by Triton kernels in the Gram form, but for samples where its rounding might show."""
         from backends.ops.gram_kernel import squares_by_gram  # triton need not be installed
 
-        return squares_by_gram(self.left, self.right, shows(self.like), by_kernel)
+        return squares_by_gram(self.left, self.right, shows(self.like) if allowed is None else allowed, by_kernel)
 
     def squares_by_gram(self) -> Tensor:
         """Return ‖g_i‖² [N] by the Gram form, but for samples where it cancels."""
@@ -125,6 +126,11 @@ class Outer(PerSample):
                 squares[doubtful] = squares_of(outer(left[doubtful], right[doubtful]))
             found.append(squares.to(wide(self.like.dtype)))
         return torch.cat(found)
+
+
+def in_doubt_too(way: Callable[..., Tensor]) -> Paths:
+    """Return a way to norms in the Gram form, and what it would do if every sample were in doubt: here few may be."""
+    return way, partial(way, allowed=0.0)
 
 
 def shows(like: Tensor) -> float:
