@@ -136,7 +136,8 @@ from testbed.memory import peak
 MIB = 2**18  # of float32
 
 def call():
-    small = [torch.ones(8 * MIB) for _ in range(5)]
+    small = [torch.ones(MIB // 2) for _ in range(80)]
+    held = small[::10]
     del small
     large = [torch.ones(12 * MIB) for _ in range(5)]
 
@@ -151,9 +152,9 @@ with nothing_kept():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
 def test_holes_in_the_heap_do_not_count_as_memory_of_a_call() -> None:
-    """It holds 60 MiB at most, after 40 MiB that fit into holes."""
+    """It holds 64 MiB at most, after 40 MiB that fit into holes and leave others."""
     grown = subprocess.check_output([sys.executable, "-c", IN_HOLES], text=True, cwd=ROOT).strip()
-    assert grown == "None" or 60 * 2**20 <= int(grown) < 66 * 2**20  # None where a container forbids to measure it
+    assert grown == "None" or 64 * 2**20 <= int(grown) < 70 * 2**20  # None where a container forbids to measure it
 
 
 def test_what_a_call_raises_while_its_memory_is_measured_is_heard() -> None:
