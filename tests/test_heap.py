@@ -154,7 +154,7 @@ with nothing_kept():
 def test_holes_in_the_heap_do_not_count_as_memory_of_a_call() -> None:
     """It holds 64 MiB at most, after 40 MiB that fit into holes and leave others."""
     grown = subprocess.check_output([sys.executable, "-c", IN_HOLES], text=True, cwd=ROOT).strip()
-    assert grown == "None" or 64 * 2**20 <= int(grown) < 70 * 2**20  # None where a container forbids to measure it
+    assert grown == "None" or 60 * 2**20 < int(grown) < 70 * 2**20  # None where a container forbids to measure it
 
 
 def test_what_a_call_raises_while_its_memory_is_measured_is_heard() -> None:
