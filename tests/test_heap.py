@@ -157,6 +157,19 @@ def test_holes_in_the_heap_do_not_count_as_memory_of_a_call() -> None:
     assert grown == "None" or 60 * 2**20 < int(grown) < 70 * 2**20  # None where a container forbids to measure it
 
 
-def test_what_a_call_raises_while_its_memory_is_measured_is_heard() -> None:
-    with pytest.raises(SystemExit, match="enough"):
-        memory.peak(lambda: sys.exit("enough"), torch.device("cpu"))
+@pytest.mark.parametrize(
+    ("call", "end"),
+    [
+        ("sys.exit('enough')", "enough"),
+        ("[][0]", "IndexError: list index out of range"),
+        ("(os.kill(os.getpid(), signal.SIGINT), time.sleep(300))", "KeyboardInterrupt"),
+    ],
+)
+def test_what_ends_a_call_while_its_memory_is_measured_is_heard_at_once(call: str, end: str) -> None:
+    imports = "import os, signal, sys, time, torch; from testbed.memory import peak"
+    code = f"{imports}; peak(lambda: {call}, torch.device('cpu'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=100, check=False
+    )
+    assert done.returncode != 0
+    assert done.stderr.strip().endswith(end)

@@ -237,7 +237,7 @@ class TestCompare:
         (record,) = compare(nn.Linear(5, 300_000), backends="bookkeeping").records
         if record.memory["peak_bytes"] is None:
             pytest.skip("this machine does not tell")
-        assert record.memory["peak_bytes"] > 6 * 5 * 300_000 * 4  # the result
+        assert record.memory["peak_bytes"] > 5.8 * 6 * 300_000 * 4  # the result of five inputs, and the outputs
 
     def test_what_was_chosen_by_measuring_is_in_the_record(self) -> None:
         model = nn.Sequential(nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 2, 3, dilation=2), nn.Flatten())
