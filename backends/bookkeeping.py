@@ -40,7 +40,7 @@ from backends.base import (
 from backends.batch import Batch, detached, size
 from backends.derived import wide
 from backends.heap import LARGEST, keep_freed
-from backends.ops.choice import CHOSEN, fastest_name, kernels, with_kernels
+from backends.ops.choice import CHOSEN, Kernels, fastest_name, kernels, with_kernels
 from backends.ops.float16 import unit, without_float16
 from backends.ops.pages import Pool, release
 from backends.ops.parts import InParts
@@ -65,13 +65,14 @@ class Bookkeeping(Backend):
 
     Options:
         reuse_buffers: `grads` writes results where those of its call before are: they are valid until then.
-        triton: Measure Triton's kernels too, where there are several ways: on a CUDA device, where Triton is installed.
+        triton: Which of Triton's kernels to measure too, on a CUDA device where Triton is installed: those that were
+            checked on an H200, or all, also those that no GPU has run yet, or none.
     """
 
     own_modes: ClassVar[frozenset[str]] = frozenset({"compile"})  # ops are recorded first
 
     reuse_buffers: bool = False
-    triton: bool = True
+    triton: Kernels = "checked"
 
     @property
     def keeps_results(self) -> bool:

@@ -36,8 +36,8 @@ def convolution(dtype: torch.dtype, computed: torch.dtype | None = None) -> Corr
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(N, 1, 8, 10, 9, generator=generator, dtype=torch.float32)
-    y = torch.randn(N, 1, 24, 8, 7, generator=generator, dtype=torch.float32)
+    y = torch.randn(N, 1, 64, 8, 7, generator=generator, dtype=torch.float32)
     x[0] = 1 + 1e-2 * x[0]
     y[0] -= y[0].mean((-2, -1), keepdim=True)
     x, y = (t.to(DEVICE, dtype).to(computed or dtype) for t in (x, y))
-    return Correlation(x, y, (24, 8, 3, 3), (1, 1), (0, 0), (1, 1), 1)
+    return Correlation(x, y, (64, 8, 3, 3), (1, 1), (0, 0), (1, 1), 1)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -106,7 +107,8 @@ def test_norms_of_products_are_those_of_float64(positions: int, p: int, d: int, 
 def test_norms_by_patches_are_those_of_float64(name: str) -> None:
     form = correlation(name, torch.float32)
     exact = grouped(Correlation(form.x.double(), form.y.double(), *list(vars(form).values())[2:7]))
-    for way in (form.squares_by_patches, form.squares_by_gram_fused):
+    on_patches = (partial(form.squares_by_patches, way) for way in (Outer.squares_fused, Outer.squares_by_gram_fused))
+    for way in (*on_patches, form.squares_by_gram_fused):
         assert (way().double() / exact.flatten(1).square().sum(1) - 1).abs().max() <= 1e-6
 
 
@@ -158,7 +160,7 @@ def test_it_is_right_in_the_interpreter() -> None:
     command += ["-W", "ignore:Conversion of an array:DeprecationWarning"]  # Triton 3.6's own, before NumPy 2.4
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "67 passed" in done.stdout
+    assert "75 passed" in done.stdout
 
 
 @pytest.mark.skipif(INTERPRETED or DEVICE.type == "cuda", reason="there they are measured")
@@ -174,7 +176,7 @@ def test_they_are_not_measured_on_a_cpu() -> None:
 @pytest.mark.skipif(not INTERPRETED, reason="only there bfloat16 is multiplied as if its bits were whole numbers")
 def test_where_a_kernel_is_wrong_it_is_left_out() -> None:
     left, right = (torch.randn(N, 7, size).bfloat16() for size in (5, 21))
-    with kernels(True):
+    with kernels("checked"):
         squares = Outer(left, right).squares()
     exact = (left.double().mT @ right.double()).square().sum((1, 2))
     assert (squares.double() / exact - 1).abs().max() <= 2**-8

@@ -26,7 +26,7 @@ def compiled(kernel: Any, constants: dict[str, Any], kinds: dict[str, Any]) -> A
 @pytest.mark.parametrize("write", [False, True])
 @pytest.mark.parametrize(("dtype", "precision"), [("fp32", "bf16x6"), ("fp32", "tf32"), ("bf16", "ieee")])
 def test_convolutions_compile_for_a_gpu_that_is_not_here(dtype: str, precision: str, write: bool) -> None:
-    from backends.ops.conv_kernel import _product, _product_in_doubt
+    from backends.ops.conv_kernel import _product, _product_by_few
 
     constants = {"HEIGHT": 64, "WIDTH": 64, "DEPTH": 32, "PRECISION": precision}
     pointers = {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "out_ptr": f"*{dtype}" if write else "*fp32"}
@@ -37,14 +37,14 @@ def test_convolutions_compile_for_a_gpu_that_is_not_here(dtype: str, precision: 
     if not write:
         ones = dict.fromkeys(("length", "groups", "down", "across", "programs"), 1)
         for some in ({}, ones):  # Triton makes a constant of 1
-            assert compiled(_product_in_doubt, constants | some | {"KNOWN": 4}, kinds).metadata.shared < 2**16
+            assert compiled(_product_by_few, constants | some | {"KNOWN": 4}, kinds).metadata.shared < 2**16
 
 
 @pytest.mark.parametrize(
     ("dtype", "precision"), [("fp32", "bf16x6"), ("fp32", "bf16x3"), ("fp32", "tf32"), ("bf16", "ieee")]
 )
 def test_products_compile_for_a_gpu_that_is_not_here(dtype: str, precision: str) -> None:
-    from backends.ops.kernels import _squares, _squares_in_doubt
+    from backends.ops.kernels import _squares, _squares_by_few
 
     constants = {"HEIGHT": 64, "WIDTH": 64, "DEPTH": 32, "PRECISION": precision}
     kinds = {"left_ptr": f"*{dtype}", "right_ptr": f"*{dtype}", "out_ptr": "*fp32", **KNOWN}
@@ -52,8 +52,8 @@ def test_products_compile_for_a_gpu_that_is_not_here(dtype: str, precision: str)
     for one_tile in ({}, {"down": 1, "across": 1}):  # Triton makes a constant of 1
         alone = one_tile and {"programs": 1}
         for made in (
-            compiled(_squares, constants | one_tile, kinds),
-            compiled(_squares_in_doubt, constants | one_tile | alone | {"KNOWN": 4}, kinds),
+            *(compiled(_squares, constants | one_tile | {"KNOWN": known}, kinds) for known in (0, 4)),
+            compiled(_squares_by_few, constants | one_tile | alone | {"KNOWN": 4}, kinds),
         ):
             assert "wgmma" in made.asm["ptx"]  # by tensor cores
 

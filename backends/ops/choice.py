@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from backends.shortage import enough_for
 
 Way: TypeAlias = Callable[[], Tensor]
 Paths: TypeAlias = Way | tuple[Way, ...]
+Kernels: TypeAlias = Literal["checked", "all", "none"]
 
 CHOSEN: dict[str, str] = {}
 """What has been chosen in this process by measuring and trying, by what it was chosen for; records show it."""
@@ -26,7 +27,7 @@ CHOSEN: dict[str, str] = {}
 _RANKED: dict[tuple[str, torch.device], list[str]] = {}
 """The names of all ways that were measured, the fastest first: not every one can be had while ops are recorded."""
 
-_KERNELS = False  # no ContextVar: on CUDA, autograd runs the backward pass in a thread of its own
+_KERNELS: Kernels = "none"  # no ContextVar: on CUDA, autograd runs the backward pass in a thread of its own
 _TRACING = False
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,7 +39,12 @@ TRIES = 5  # of each way, in turn: the first one may compile, allocate, or pick 
 
 
 def fastest(
-    ways: Mapping[str, Way], what: str, samples: int, like: Tensor, kernels: Mapping[str, Paths] | None = None
+    ways: Mapping[str, Way],
+    what: str,
+    samples: int,
+    like: Tensor,
+    kernels: Mapping[str, Paths] | None = None,
+    unchecked: Mapping[str, Paths] | None = None,
 ) -> Tensor:
     """Return the tensor by the way that is fastest for `what`; when that is new, all are tried.
 
@@ -50,10 +56,13 @@ def fastest(
         kernels: Ways by Triton's kernels, which are tried too where they are wanted. One that does not run (there is no
             compiler, the GPU has too little of something), or not to the same tensor, is never the fastest. The first
             path is the way; others are what it does for values that may come later, and have to agree too.
+        unchecked: Kernels that no GPU of ours has run yet, which are tried only where all are wanted: a wrong number is
+            noticed here, but one that reads or writes out of bounds would end the process.
     """
-    if kernels and with_kernels(like):
+    if with_kernels(like):
         first = next(iter(ways.values()))
-        ways = {**ways, **{name: _Kernel.of(paths, first) for name, paths in kernels.items()}}
+        offered = {**(kernels or {}), **((unchecked or {}) if _KERNELS == "all" else {})}
+        ways = {**ways, **{name: _Kernel.of(paths, first) for name, paths in offered.items()}}
     return ways[fastest_name(ways, what, samples, like)]()
 
 
@@ -64,6 +73,7 @@ def fastest_name(ways: Mapping[str, Callable[[], object]], what: str, samples: i
     dtype = "TF32" if precision.tf32_allowed(like) else str(like.dtype).removeprefix("torch.")
     key = f"{what}, {dtype}, {like.device.type}, {1 << samples.bit_length() - 1} samples or more"
     key += ", in a CUDA graph" if ahead() else ""  # where launches cost next to nothing
+    key += f", triton: {_KERNELS}" if _KERNELS != "checked" and _run_kernels(like.device) else ""
     known = [name for name in _RANKED.get((key, like.device), ()) if name in ways]
     if len(known) < len(ways):
         if capturing(like):  # warming up, outside of the capture, has chosen
@@ -126,8 +136,8 @@ def _ends(t: Tensor) -> Tensor:
 
 
 @contextmanager
-def kernels(wanted: bool) -> Iterator[None]:
-    """Measure Triton's kernels too, in the block, if wanted and where they run."""
+def kernels(wanted: Kernels) -> Iterator[None]:
+    """Measure those of Triton's kernels too, in the block, where they run."""
     global _KERNELS
     before, _KERNELS = _KERNELS, wanted
     try:
@@ -138,9 +148,11 @@ def kernels(wanted: bool) -> Iterator[None]:
 
 def with_kernels(like: Tensor) -> bool:
     """Return whether Triton's kernels, which have no float64, are among the ways."""
-    if not _KERNELS or _TRACING or like.dtype not in KERNEL_DTYPES:
-        return False
-    return _compiles(like.device) if like.is_cuda else os.environ.get("TRITON_INTERPRET") == "1"
+    return _KERNELS != "none" and not _TRACING and like.dtype in KERNEL_DTYPES and _run_kernels(like.device)
+
+
+def _run_kernels(device: torch.device) -> bool:
+    return _compiles(device) if device.type == "cuda" else os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from backends import precision
-from backends.ops.kernels import DEPTH, IN_DOUBT, LARGEST, STAGES, exact, fitting, known_of, warps_for, within_reach
+from backends.ops.kernels import DEPTH, FEW, LARGEST, STAGES, exact, fitting, known_of, warps_for, within_reach
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Product:
         height, width = fitting(p, LARGEST), fitting(q, LARGEST if p > LARGEST else LARGEST // 2)  # fastest on H100
         down, across = triton.cdiv(p, height), triton.cdiv(q, width)
         tiles = self.groups * down * across
-        programs = tiles if known is None else min(tiles, IN_DOUBT)
+        programs = tiles if known is None else min(tiles, FEW)
         squares = self.y.new_empty(len(self.y), programs, dtype=torch.float32)
         tf32 = self.x.is_cuda and self.x.dtype == torch.float32 and precision.tf32_in_convolutions()
         arguments = (
@@ -102,7 +102,7 @@ class Product:
             else:
                 addends = known.shape[2]
                 options["KNOWN"] = triton.next_power_of_2(addends)
-                _product_in_doubt[(squares.numel(),)](*arguments, known, addends, allowed, programs, **options)
+                _product_by_few[(squares.numel(),)](*arguments, known, addends, allowed, programs, **options)
         return squares
 
 
@@ -175,7 +175,7 @@ def _product(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _product_in_doubt(  # type: ignore[no-untyped-def]
+def _product_by_few(  # type: ignore[no-untyped-def]
     x_ptr,
     y_ptr,
     out_ptr,

@@ -103,16 +103,20 @@ class Correlation(PerSample):
         """Return ‖g_i‖² [N]; of small images perhaps in the Gram form."""
         ways: dict[str, Way] = {"direct": super().squares}
         kernels: dict[str, Paths] = {}
+        unchecked: dict[str, Paths] = {}
         if self.positions() >= MANY:
             kernels["implicit_gemm"] = lambda: product_of(self).squares()
         if self.groups == 1:
             direct, gram = self.positions() * prod(self.shape), self.multiplied()
             if gram < direct and self.like.dtype in WIDER and not capturing(self.like):
                 ways["gram"] = self.squares_by_gram
-            kernels["patches, fused"] = self.squares_by_patches
+            kernels["patches, fused"] = partial(self.squares_by_patches, Outer.squares_fused)
+            if 0 < self.positions() * (self.shape[0] + prod(self.shape[1:])) < 2 * prod(self.shape):
+                by_gram = in_doubt_too(Outer.squares_by_gram_fused)
+                kernels["patches, gram, fused"] = tuple(partial(self.squares_by_patches, way) for way in by_gram)
             if gram < 2 * direct:
-                kernels["gram, fused"] = in_doubt_too(self.squares_by_gram_fused)
-        return fastest(ways, f"norms of {self.geometry()}", self.samples, self.like, kernels)
+                unchecked["gram, fused"] = in_doubt_too(self.squares_by_gram_fused)
+        return fastest(ways, f"norms of {self.geometry()}", self.samples, self.like, kernels, unchecked)
 
     def gram(self) -> Tensor:
         """Return ⟨g_i, g_j⟩ [N, N]; of small images perhaps without gradients."""
@@ -123,11 +127,11 @@ class Correlation(PerSample):
             ways["by pixels"] = self.gram_by_pixels
         return fastest(ways, f"inner products of {self.geometry()}", self.samples, self.like)
 
-    def squares_by_patches(self) -> Tensor:
-        """Return ‖g_i‖² [N] by a Triton kernel on patches, some samples at a time."""
+    def squares_by_patches(self, squares: Callable[[Outer], Tensor]) -> Tensor:
+        """Return ‖g_i‖² [N] by one of Triton's kernels on patches, some samples at a time."""
         numbers = prod(self.y.shape[3:]) * self.y.shape[1] * prod(self.shape[1:])
         parts = at_a_time(self.samples, numbers * self.like.element_size(), self.like)
-        return torch.cat([self.only(i).patches().squares_fused() for i in parts])
+        return torch.cat([squares(self.only(i).patches()) for i in parts])
 
     def squares_by_gram(self) -> Tensor:
         """Return ‖g_i‖² [N] by the Gram form, but for samples where it cancels."""

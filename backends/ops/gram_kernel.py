@@ -43,7 +43,7 @@ ROUNDED = 2.0**-24  # and where they do not, or 32 numbers at a time, as in the 
 SMALLEST = 2.0**-102  # products of lengths below which float32 has no numbers for their roundings
 
 
-def squares_by_gram(left: Tensor, right: Tensor, allowed: float, by_kernel: bool = False) -> Tensor:
+def squares_by_gram(left: Tensor, right: Tensor, allowed: float, by_kernel: bool = False, few: bool = False) -> Tensor:
     """Return ‖Σ_t left_it right_itᵀ‖² [N], in float32, of [N, T, p] and [N, T, d] with any strides.
 
     Args:
@@ -51,6 +51,7 @@ def squares_by_gram(left: Tensor, right: Tensor, allowed: float, by_kernel: bool
         right: On the same device.
         allowed: The largest estimate of the rounding, relative to the result, with which the Gram form is taken.
         by_kernel: Whether the kernel makes inner products: as exactly as in float32, also where TF32 is allowed.
+        few: Whether a few programs see to each sample that is in doubt.
 
     Raises:
         ValueError: There are too many vectors for their inner products to be counted in 32 bits.
@@ -59,16 +60,16 @@ def squares_by_gram(left: Tensor, right: Tensor, allowed: float, by_kernel: bool
         left, right = right, left  # what takes longer is begun first
     left, right = within_reach(left), within_reach(right)
     parts = at_a_time(len(left), 8 * left.shape[1] ** 2, left)
-    found = [_of_some(left[some], right[some], allowed, by_kernel) for some in parts]
+    found = [_of_some(left[some], right[some], allowed, by_kernel, few) for some in parts]
     return torch.cat(found) if len(found) > 1 else found[0]
 
 
-def _of_some(left: Tensor, right: Tensor, allowed: float, by_kernel: bool) -> Tensor:
+def _of_some(left: Tensor, right: Tensor, allowed: float, by_kernel: bool, few: bool) -> Tensor:
     _countable(left.shape[1])
     lefts, rights = _halves(left, right) if by_kernel else (inner_products(left), inner_products(right))
     exactly = left.dtype == torch.float32 and (by_kernel or not precision.tf32_in_products())
     known = sums_and_errors(lefts, rights, (left.shape[2], right.shape[2]), exactly)
-    return squares_of_products(left, right, known, allowed)
+    return squares_of_products(left, right, known, allowed, few)
 
 
 def sums_and_errors(lefts: Tensor, rights: Tensor, numbers: tuple[int, int], exactly: bool) -> Tensor:

@@ -21,10 +21,12 @@ DEPTH = 32  # products added at a time
 WRITTEN, ROWS = 1024, 8  # numbers that a program writes in a row, and rows, of outer products
 FARTHEST = 2**31 - 1 - LARGEST * DEPTH  # numbers from the first of a sample, with room for what is masked
 STAGES = 3  # of loads that are under way
-IN_DOUBT = 8  # programs of a sample at most, where most have nothing to do: starting them is what takes the time
+FEW = 8  # programs of a sample at most, where most have nothing to do: starting them is what takes the time
 
 
-def squares_of_products(left: Tensor, right: Tensor, known: Tensor | None = None, allowed: float = 0.0) -> Tensor:
+def squares_of_products(
+    left: Tensor, right: Tensor, known: Tensor | None = None, allowed: float = 0.0, few: bool = False
+) -> Tensor:
     """Return ‖Σ_t left_it right_itᵀ‖² [N], in float32, of [N, T, p] and [N, T, d] with any strides.
 
     Args:
@@ -33,6 +35,7 @@ def squares_of_products(left: Tensor, right: Tensor, known: Tensor | None = None
         known: Float64 [N, 2, any]: what adds up to each sample's result, if that is known already, and to the square of
             its error.
         allowed: The largest error, relative to the result, with which a known one is taken: then it costs nothing.
+        few: Whether a few programs share the tiles of a sample, if its result is not known: a kernel of its own.
     """
     left, right = within_reach(left), within_reach(right)
     (n, length, p), d = left.shape, right.shape[2]
@@ -47,16 +50,17 @@ def squares_of_products(left: Tensor, right: Tensor, known: Tensor | None = None
         "num_warps": warps_for(height, width) if wide else 4,
         "num_stages": STAGES,
     }
-    programs = down * across if known is None else min(down * across, IN_DOUBT)
+    programs = min(down * across, FEW) if few else down * across
     out = left.new_empty(n, programs, dtype=torch.float32)
-    arguments = (left, right, out, left.stride(), right.stride(), p, d, length, down, across)
+    addends = 0 if known is None else known.shape[2]
+    options["KNOWN"] = triton.next_power_of_2(addends)
+    pointers = (left, right, out, out if known is None else known)
+    arguments = (*pointers, left.stride(), right.stride(), p, d, length, down, across, addends, allowed)
     with torch.cuda.device_of(left):  # Triton launches on the current device
-        if known is None:
-            _squares[(out.numel(),)](*arguments, **options)
+        if few:
+            _squares_by_few[(out.numel(),)](*arguments, programs, **options)
         else:
-            addends = known.shape[2]
-            options["KNOWN"] = triton.next_power_of_2(addends)
-            _squares_in_doubt[(out.numel(),)](*arguments, known, addends, allowed, programs, **options)
+            _squares[(out.numel(),)](*arguments, **options)
     return out.sum(1)
 
 
@@ -124,6 +128,7 @@ def _squares(  # type: ignore[no-untyped-def]
     left_ptr,
     right_ptr,
     out_ptr,
+    known_ptr,
     left_stride,
     right_stride,
     p,
@@ -131,26 +136,36 @@ def _squares(  # type: ignore[no-untyped-def]
     length,
     down,
     across,
+    addends,
+    allowed,
+    KNOWN: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What one tile of one sample's gradient adds to ‖g_i‖²."""
+    """What one tile of one sample's gradient adds to ‖g_i‖², if that is not known exactly enough."""
     sample, tile = (tl.program_id(0) // (down * across)).to(tl.int64), tl.program_id(0) % (down * across)
     i = tile // across * HEIGHT + tl.arange(0, HEIGHT)
     j = tile % across * WIDTH + tl.arange(0, WIDTH)
     left_ptr += sample * left_stride[0]
     right_ptr += sample * right_stride[0]
+    if KNOWN > 0:
+        known, sure = known_of(known_ptr, sample, addends, allowed, KNOWN)
+        length = tl.where(sure, 0, length)
     found = _tile(left_ptr, right_ptr, left_stride, right_stride, p, d, length, i, j, DEPTH, PRECISION)
-    tl.store(out_ptr + tl.program_id(0), tl.sum(tl.sum(found * found, 1), 0))
+    squares = tl.sum(tl.sum(found * found, 1), 0)
+    if KNOWN > 0:
+        squares = tl.where(sure & (tile == 0), known.to(tl.float32), squares)
+    tl.store(out_ptr + tl.program_id(0), squares)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _squares_in_doubt(  # type: ignore[no-untyped-def]
+def _squares_by_few(  # type: ignore[no-untyped-def]
     left_ptr,
     right_ptr,
     out_ptr,
+    known_ptr,
     left_stride,
     right_stride,
     p,
@@ -158,7 +173,6 @@ def _squares_in_doubt(  # type: ignore[no-untyped-def]
     length,
     down,
     across,
-    known_ptr,
     addends,
     allowed,
     programs,

@@ -57,12 +57,15 @@ class Outer(PerSample):
         ways = {"direct": super().squares}
         if positions * (p + d) < p * d and self.like.dtype in WIDER and not capturing(self.like):
             ways["gram"] = self.squares_by_gram
-        kernels: dict[str, Paths] = {"fused": self.squares_fused}
+        by_gram: dict[str, Callable[..., Tensor]] = {}
         if 0 < positions * (p + d) < 2 * p * d:  # half of that is multiplied
-            kernels["gram, fused"] = in_doubt_too(self.squares_by_gram_fused)
+            by_gram["gram"] = self.squares_by_gram_fused
             if positions >= MANY and self.like.dtype == torch.float32:
-                kernels["half of gram, fused"] = in_doubt_too(partial(self.squares_by_gram_fused, by_kernel=True))
-        return fastest(ways, f"norms of {self.geometry()}", self.samples, self.like, kernels)
+                by_gram["half of gram"] = partial(self.squares_by_gram_fused, by_kernel=True)
+        kernels: dict[str, Paths] = {"fused": self.squares_fused}
+        kernels |= {f"{name}, fused": in_doubt_too(way) for name, way in by_gram.items()}
+        unchecked = {f"{name}, few programs": in_doubt_too(partial(way, few=True)) for name, way in by_gram.items()}
+        return fastest(ways, f"norms of {self.geometry()}", self.samples, self.like, kernels, unchecked)
 
     def variance(self) -> Tensor:
         """Return 1/N Σ (g_i − ḡ)²; of single vectors perhaps as a difference of moments."""
@@ -109,11 +112,11 @@ class Outer(PerSample):
 
         return squares_of_products(self.left, self.right)
 
-    def squares_by_gram_fused(self, by_kernel: bool = False, allowed: float | None = None) -> Tensor:
+    def squares_by_gram_fused(self, by_kernel: bool = False, allowed: float | None = None, few: bool = False) -> Tensor:
         """Return ‖g_i‖² [N] by Triton kernels in the Gram form, but for samples where its rounding might show."""
         from backends.ops.gram_kernel import squares_by_gram  # triton need not be installed
 
-        return squares_by_gram(self.left, self.right, shows(self.like) if allowed is None else allowed, by_kernel)
+        return squares_by_gram(self.left, self.right, shows(self.like) if allowed is None else allowed, by_kernel, few)
 
     def squares_by_gram(self) -> Tensor:
         """Return ‖g_i‖² [N] by the Gram form, but for samples where it cancels."""
@@ -128,7 +131,7 @@ class Outer(PerSample):
         return torch.cat(found)
 
 
-def in_doubt_too(way: Callable[..., Tensor]) -> Paths:
+def in_doubt_too(way: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], ...]:
     """Return a way to norms in the Gram form, and what it would do if every sample were in doubt: here few may be."""
     return way, partial(way, allowed=0.0)
 
