@@ -62,14 +62,19 @@ class Pace:
         self._last = self._clock()
 
     def left(self) -> float | None:
-        """Return the seconds left, if the coming steps take as long as those that are done; None without any."""
-        done = self.begun - 1
-        if done < 1 or self.steps < self.begun:
+        """Return the seconds left, if the coming steps take as long as those so far; None where that says nothing.
+
+        A step that takes longer than those that are done counts among those so far.
+        """
+        done, more = self.begun - 1, self.steps - self.begun
+        if done < 1 or more < 0:
             return None
-        left = (self._last - self._start) / done * (self.steps - done)
+        taken, now = self._clock() - self._start, self._clock() - self._last
+        each = (self._last - self._start) / done
+        left = each * (more + 1) - now if now <= each else taken / self.begun * more
         if self.max_s is not None:
-            left = min(left, self.max_s - (self._last - self._start))
-        return max(0.0, left - (self._clock() - self._last))
+            left = min(left, self.max_s - taken)
+        return left if left > 0 else None  # it was to have ended by now
 
     def __str__(self) -> str:
         """Return the time left in words, or nothing."""

@@ -38,16 +38,29 @@ def test_time_left_is_that_of_the_steps_so_far() -> None:
     assert str(pace) == "about 24 s left"
 
 
-def test_time_left_counts_down_to_zero() -> None:
+def test_time_left_counts_down_until_a_step_takes_longer_than_those_before() -> None:
     pace, clock = after(4, [2.0, 2.0])
     clock.wait(1)
     assert pace.left() == 3
-    clock.wait(100)
-    assert pace.left() == 0
+    clock.wait(1)
+    assert pace.left() == 2
+    clock.wait(3)
+    assert pace.left() == 3
+
+
+def test_of_a_last_step_that_takes_longer_nobody_knows_how_long() -> None:
+    pace, clock = after(3, [2.0, 2.0])
+    clock.wait(1.5)
+    assert str(pace) == "about 0 s left"
+    clock.wait(1)
+    assert str(pace) == ""
 
 
 def test_no_more_time_is_left_than_may_be_spent() -> None:
-    assert after(100, [2.0], max_s=20)[0].left() == 18
+    pace, clock = after(100, [2.0], max_s=20)
+    assert pace.left() == 18
+    clock.wait(18.5)
+    assert str(pace) == ""
 
 
 def test_minutes() -> None:
