@@ -65,14 +65,15 @@ class Bookkeeping(Backend):
 
     Options:
         reuse_buffers: `grads` writes results where those of its call before are: they are valid until then.
-        triton: Which of Triton's kernels to measure too, on a CUDA device where Triton is installed: those that were
-            checked on an H200, or all, also those that no GPU has run yet, or none.
+        triton: Measure Triton's kernels too, where there are several ways: on a CUDA device, where Triton is installed.
+        unchecked_kernels: Also those of them that no GPU has run yet; the others were checked on an H200.
     """
 
     own_modes: ClassVar[frozenset[str]] = frozenset({"compile"})  # ops are recorded first
 
     reuse_buffers: bool = False
-    triton: Kernels = "checked"
+    triton: bool = True
+    unchecked_kernels: bool = False
 
     @property
     def keeps_results(self) -> bool:
@@ -184,12 +185,13 @@ class Bookkeeping(Backend):
 
         whole = Compiled(passes, passed_by) if self.compile else passed
         what = f"{combine.__name__} of {type(model).__name__}"
+        wanted: Kernels = "none" if not self.triton else "all" if self.unchecked_kernels else "checked"
         parts = merge and not self.compile and InParts(whole, passes.plain, merge, what)
 
         def fn(inputs: Batch, targets: Tensor) -> R:
             inputs, targets = detached(inputs), detached(targets)
             passes.whole = size(inputs)
-            with kernels(self.triton), library_call(model, own, loss_fn, inputs, targets, buffers=False):
+            with kernels(wanted), library_call(model, own, loss_fn, inputs, targets, buffers=False):
                 if not parts:
                     return whole(inputs, targets)
                 if not parts.knows(inputs, targets):

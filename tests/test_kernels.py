@@ -149,6 +149,30 @@ def test_a_backend_measures_them_and_is_right() -> None:
     assert "weight 3×2×3×3" in "".join(CHOSEN)
 
 
+@runs
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, ""),
+        ({"unchecked_kernels": True}, ", unchecked kernels too"),
+        ({"triton": False}, ", without kernels"),
+        ({"triton": False, "unchecked_kernels": True}, ", without kernels"),
+    ],
+)
+def test_options_say_which_kernels_are_measured(
+    options: dict[str, bool], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: dict[str, str] = {}
+    monkeypatch.setattr("backends.ops.choice.CHOSEN", chosen)
+    monkeypatch.setattr("backends.ops.choice._RANKED", {})
+    model = nn.Linear(120, 140, dtype=torch.float32, device=DEVICE)
+    loss = lambda outputs, targets: outputs.square().sum((1, 2))  # noqa: E731
+    norms = get_backend("bookkeeping", **options).norms(model, loss)
+    norms(torch.randn(3, 7, 120, dtype=torch.float32, device=DEVICE), torch.zeros(3, device=DEVICE))
+    (found,) = (what for what in chosen if what.startswith("norms of 7 products"))
+    assert found.split("samples or more")[1] == said
+
+
 @pytest.mark.skipif(INTERPRETED or DEVICE.type == "cuda", reason="this process runs them itself")
 @pytest.mark.skipif(
     TorchVersion(triton.__version__) < (3, 7) and TorchVersion(numpy.__version__) >= (2, 4),
@@ -160,7 +184,7 @@ def test_it_is_right_in_the_interpreter() -> None:
     command += ["-W", "ignore:Conversion of an array:DeprecationWarning"]  # Triton 3.6's own, before NumPy 2.4
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "75 passed" in done.stdout
+    assert "79 passed" in done.stdout
 
 
 @pytest.mark.skipif(INTERPRETED or DEVICE.type == "cuda", reason="there they are measured")

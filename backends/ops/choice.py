@@ -32,6 +32,8 @@ _TRACING = False
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+AMONG: dict[Kernels, str] = {"checked": "", "all": ", unchecked kernels too", "none": ", without kernels"}
+
 COMPARED = 2**26  # bytes of what a kernel makes, at either end: there may be no room for all of it a second time
 CYCLES = 2e9  # of a GPU in a second, or fewer
 HELD_BACK = 0.02  # seconds at most: a first call may compile
@@ -73,7 +75,7 @@ def fastest_name(ways: Mapping[str, Callable[[], object]], what: str, samples: i
     dtype = "TF32" if precision.tf32_allowed(like) else str(like.dtype).removeprefix("torch.")
     key = f"{what}, {dtype}, {like.device.type}, {1 << samples.bit_length() - 1} samples or more"
     key += ", in a CUDA graph" if ahead() else ""  # where launches cost next to nothing
-    key += f", triton: {_KERNELS}" if _KERNELS != "checked" and _run_kernels(like.device) else ""
+    key += AMONG[_KERNELS] if _run_kernels(like.device) else ""
     known = [name for name in _RANKED.get((key, like.device), ()) if name in ways]
     if len(known) < len(ways):
         if capturing(like):  # warming up, outside of the capture, has chosen
