@@ -67,14 +67,14 @@ class Pace:
         A step that takes longer than those that are done counts among those so far.
         """
         done, more = self.begun - 1, self.steps - self.begun
-        if done < 1 or more < 0:
+        if done < 1:
             return None
         taken, now = self._clock() - self._start, self._clock() - self._last
         each = (self._last - self._start) / done
         left = each * (more + 1) - now if now <= each else taken / self.begun * more
         if self.max_s is not None:
             left = min(left, self.max_s - taken)
-        return left if left > 0 else None  # it was to have ended by now
+        return left if left > 0 else None  # it was to have ended by now, or nobody knew how many steps there are
 
     def __str__(self) -> str:
         """Return the time left in words, or nothing."""
