@@ -1,5 +1,7 @@
 """How any backend may be run: in chunks, compiled, as a CUDA graph, under autocast; `get_backend` sees to it.
 
+What a function is given is looked at first, whatever the backend (`given.py`).
+
 A backend that knows a better way to one of these names it in `own_modes`, and sees to it by itself.
 """
 
@@ -14,6 +16,7 @@ from torch.utils._pytree import tree_map
 from backends import derived
 from backends.base import MODES, Backend, GradsFn, LossFn, Positive, TensorFn, Unsupported, trainable
 from backends.batch import Batch, signature, size
+from backends.given import checked
 from backends.graphs import graphed
 from backends.running import first_sentence
 
@@ -28,9 +31,8 @@ MERGED: dict[str, Callable[[list[Tensor]], Tensor]] = {
 
 
 def executed(backend: Backend) -> Backend:
-    """Return the backend run as its options ask for; itself where they ask for nothing, or it sees to that itself."""
-    wanted = frozenset(mode for mode in MODES if getattr(backend, mode)) - backend.own_modes
-    return Executed(backend, wanted) if wanted else backend
+    """Return the backend run as its options ask for, but for what it sees to by itself."""
+    return Executed(backend, frozenset(mode for mode in MODES if getattr(backend, mode)) - backend.own_modes)
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,11 @@ class Executed(Backend):
         return self._build("gram", model, loss_fn)
 
     def _build(self, quantity: str, model: nn.Module, loss_fn: LossFn, **options: Any) -> Fn:  # noqa: ANN401
-        device = next(iter(trainable(model).values())).device if trainable(model) else torch.device("cpu")
+        parameters = trainable(model)
+        device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
+        for name, p in parameters.items():
+            if p.is_complex() and quantity != "grads":
+                raise Unsupported(f"`{name}` is complex: of complex parameters there are only `grads`")
         if "cuda_graph" in self.modes and device.type != "cuda":
             raise Unsupported(f"`model` (cuda_graph=True): it is on {device}; CUDA graphs need it on a CUDA device")
         fn: Fn = getattr(self.inner, quantity)(model, loss_fn, **options)
@@ -90,8 +96,8 @@ class Executed(Backend):
         if "chunk_size" in self.modes and self.inner.chunk_size:
             fn = self._chunked(fn, quantity, self.inner.chunk_size)
         if "cuda_graph" in self.modes:
-            return graphed(fn, kept=self.keeps_results or quantity != "grads")  # the only one that reuses buffers
-        return fn
+            fn = graphed(fn, kept=self.keeps_results or quantity != "grads")  # the only one that reuses buffers
+        return checked(fn, model, loss_fn)
 
     def _chunked(self, fn: Fn, quantity: str, most: int) -> Fn:
         if quantity not in MERGED:

@@ -7,6 +7,7 @@ from contextvars import ContextVar
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 
 class Unsupported(Exception):
@@ -43,9 +44,18 @@ def refuse_impure(model: nn.Module) -> None:
     """Refuse modules whose samples have no gradients of their own, or that change their weights, or that have no copy.
 
     Raises:
-        Unsupported: BatchNorm in training mode or without running statistics, an embedding with `max_norm` or
-            `scale_grad_by_freq`, a scripted or traced module, a recurrent layer in eval mode on CUDA.
+        Unsupported: A parameter without a shape, or with a hook on its gradient; BatchNorm in training mode or without
+            running statistics, an embedding with `max_norm` or `scale_grad_by_freq`, a scripted or traced module, a
+            recurrent layer in eval mode on CUDA.
     """
+    for name, p in model.named_parameters():
+        if is_lazy(p):
+            raise Unsupported(f"`{name}` has no shape yet; run the model once")
+        if p.requires_grad and p._backward_hooks:
+            raise Unsupported(
+                f"`{name}` has a hook on its gradient (register_hook), of which a backend's copy has none; "
+                "remove it, and apply it to what comes back"
+            )
     for path, module in model.named_modules():
         where, kind = f"`{path or 'model'}`", type(module).__name__
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):

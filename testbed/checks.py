@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from backends.base import Unsupported, describe, first_line, own_copy
 from backends.batch import Batch, call, take
+from backends.given import refuse_past_the_copy
 from backends.running import batch_gradient, culprit, kept_buffers, kept_random_state, seeded
 from testbed.problems.base import Problem
 from testbed.samples import narrow
@@ -48,29 +49,12 @@ def refuse_without_gradients(problem: Problem) -> None:
         attached = wide.loss_fn(call(model, wide.inputs), wide.targets)
         if not attached.requires_grad:
             raise Unsupported("the loss does not depend on the parameters: something in model or loss detaches it")
-    _refuse_past_the_model(problem.model, attached)
+    refuse_past_the_copy(problem.model, attached)
     trace.take()
     _refuse_random(wide, model, losses, outputs, trace)
     if n > 1:
         _refuse_coupled(wide, model, losses, outputs, trace)
         _refuse_other_sums(wide)
-
-
-def _refuse_past_the_model(model: nn.Module, losses: Tensor) -> None:
-    """Refuse losses of a copy that depend on the original: a loss has closed over the model (a penalty, say)."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    waiting, seen = [losses.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if name := names.get(id(getattr(node, "variable", None))):
-            raise Unsupported(
-                f"the loss uses `{name}` of the model itself, not only the outputs that it is given: that gradient "
-                "would be missing; let the model return what the loss needs"
-            )
-        waiting += [following for following, _ in node.next_functions]
 
 
 def _refuse_other_sums(wide: Problem) -> None:

@@ -287,7 +287,7 @@ class TestCompare:
         torch.manual_seed(0)
         records = testbed.compare(model, penalised, torch.randn(6, 5), torch.randint(2, (6,))).records
         last = len(model) - 1
-        assert all(f"the loss uses `{last}.bias` of the model itself" in r.reason for r in records)
+        assert all(f"`{last}.bias` of the model itself is used" in r.reason for r in records)
 
     def test_loss_that_couples_samples_is_refused(self) -> None:
         def coupled(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -237,5 +237,6 @@ def _tile(  # type: ignore[no-untyped-def]
         b_in = (j < length)[None, :] & (k < numbers)[:, None]
         b = tl.load(ptr + j[None, :] * stride[1] + k[:, None] * stride[2], mask=b_in, other=0.0)
         found = tl.dot(a, b, found, input_precision=PRECISION)
-    inside = (i < length)[:, None] & (j < length)[None, :] & (row <= column)
+    end = tl.where(row <= column, length, 0)  # a mask of a tile and a scalar has no dtype in Triton 3.9's interpreter
+    inside = (i < end)[:, None] & (j < length)[None, :]
     tl.store(out_ptr + sample * length * length + i[:, None] * length + j[None, :], found, mask=inside)

@@ -31,7 +31,7 @@ from backends.base import LossFn, Named, trainable
 from backends.batch import Batch, apply, call, signature, size, take, tensors
 from backends.ops.choice import CHOSEN, capturing
 from backends.ops.footprint import NOTHING, Footprint
-from backends.ops.look import going_on, itself, looked
+from backends.ops.look import going_on, holds, itself, looked
 from backends.ops.persample import Dense, PerSample
 from backends.ops.places import Layout
 from backends.ops.recurrent import leave_unflattened
@@ -41,7 +41,7 @@ from backends.running import kept_attributes, kept_buffers, kept_random_state
 
 PerParameter: TypeAlias = dict[str, PerSample]
 
-ONE_BY_ONE = "one by one"
+OVER_THE_BATCH, ONE_BY_ONE = "over the batch", "one by one"
 
 LOOKS = 8  # at samples that do not tell apart, before they are run under vmap for good
 
@@ -69,6 +69,7 @@ class Passes:
         footprint: That of the inputs that are being run.
         whole: How many samples the batch has that they are a part of.
         extra: How many bytes more than pairs have been kept of them.
+        held: By the form too, the largest batch whose way over it has been held against plain autograd.
     """
 
     model: nn.Module
@@ -80,6 +81,7 @@ class Passes:
     footprint: Footprint = NOTHING
     whole: int = 0
     extra: int = 0
+    held: Counter[object] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.parameters = trainable(self.model)
@@ -92,6 +94,8 @@ class Passes:
         form = _form(inputs, targets)
         ways = self.ways.get(form) or self._looked(form, inputs, targets)
         self.footprint = self.footprints[form]
+        if ways[0].name == OVER_THE_BATCH and size(inputs) > self.held[form] and not capturing(targets):
+            ways = self._held(form, ways, inputs, targets)
         kept = apply(torch.clone, inputs) if self.footprint.changes else None
         for count, way in enumerate(ways):
             if kept is not None and count > 0:  # the way before has left them half changed
@@ -117,19 +121,32 @@ class Passes:
         """Return the ways that are right; where samples do not tell, they are looked for again, a few times at most."""
         if form in self.unsure and capturing(targets):  # a look asks for values
             return self.unsure[form]
-        with kept_random_state(self.model):  # a first call draws what later ones draw
+        with kept_random_state(self.model), kept_attributes(self.model):  # a first call does what later ones do
             ways, sure, self.footprints[form] = looked(self, inputs, targets)
         self.looks[form] += 1
         (self.ways if sure or self.looks[form] == LOOKS else self.unsure)[form] = ways
+        return ways
+
+    def _held(self, form: object, ways: list[Way], inputs: Batch, targets: Tensor) -> list[Way]:
+        """Return the ways that hold for a larger batch than those before."""
+        right = False
+        with going_on(), kept_random_state(self.model), kept_attributes(self.model):
+            right = holds(self, ways[0], inputs, targets)
+        self.held[form] = size(inputs)
+        if not right:
+            ways = self.ways[form] = ways[1:]
         return ways
 
     def over_the_batch(self, layout: Layout) -> Way:
         """Return the way over the batch, where the samples' places are known."""
 
         def run(inputs: Batch, targets: Tensor, each: Each) -> dict[str, Any]:
-            return self._batch_pass(inputs, targets, known=layout, each=each)[0].all_wanted(size(inputs))
+            recorder, _ = self._batch_pass(inputs, targets, known=layout, each=each)
+            if recorder.at != layout.names:
+                raise Uncovered
+            return recorder.all_wanted(size(inputs))
 
-        return Way("over the batch", run)
+        return Way(OVER_THE_BATCH, run)
 
     def looked_at(self, inputs: Batch, targets: Tensor, *, apart: bool) -> tuple[PerParameter, Layout, list[Tensor]]:
         """Return what a pass over the batch finds, the samples' places in it, and what went into each tap [N, ...]."""
@@ -178,6 +195,7 @@ class Passes:
         if missed:
             raise Uncovered
         for name, g in by_copies.items():
+            recorder.at.append((name,))
             recorder.found[name].append(Dense(g[:, None]))
         return recorder, copies
 
@@ -265,7 +283,9 @@ class Passes:
 
 
 def _form(inputs: Batch, targets: Tensor) -> object:
-    return signature(inputs), signature(targets), size(inputs) == 1
+    device = targets.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return signature(inputs), signature(targets), size(inputs) == 1, autocast
 
 
 def _by_identity(given: Mapping[str, Tensor]) -> dict[int, str]:

@@ -47,7 +47,7 @@ class Layout(NamedTuple):
     Attributes:
         places: The samples' place at each tap.
         uses: How often parameters are used.
-        names: Which parameters are used at each tap.
+        names: Which parameters are used at each tap; and those without one that are there as [N, ...].
     """
 
     places: Sequence[Place]

@@ -154,7 +154,7 @@ class Recorder(TorchFunctionMode):
         found: Per-sample gradients by the uses of each parameter, until then.
         wanted: What was wanted.
         places: The samples' place at each tap so far.
-        at: The parameters at each tap so far.
+        at: The parameters at each tap so far; and those without one that are there as [N, ...] and have a gradient.
         seen: Where it is wanted, what went into each tap [N, ...].
         uses: How many uses of each parameter are through.
     """
