@@ -24,7 +24,7 @@ from backends.base import Named
 from backends.batch import Batch, apply, call, size, take, tensors
 from backends.ops.footprint import Footprint, pairs, saved
 from backends.ops.made_up import Kind, Sample, scaled, with_another
-from backends.ops.near import COARSE, KINKS, fingerprint, near, same, unmoved
+from backends.ops.near import COARSE, KINKS, KINKS_COARSELY, fingerprint, near, same
 from backends.ops.persample import PerSample
 from backends.ops.places import Layout
 from backends.ops.questions import Questions
@@ -104,7 +104,8 @@ def holds(passes: "Passes", way: "Way", inputs: Batch, targets: Tensor) -> bool:
                 *_copied((inputs, targets)), lambda _, g: [g.rows(slice(i, i + 1))[0].clone() for i in some]
             )
         truths = (passes.plain(*_copied(_sample((inputs, targets), i))) for i in some)
-        return all(near({name: rows[k] for name, rows in found.items()}, truth) for k, truth in enumerate(truths))
+        slack = KINKS if rounding(next(iter(passes.values.values()))) < COARSE else KINKS_COARSELY
+        return all(near({name: rows[k] for name, rows in found.items()}, t, slack) for k, t in enumerate(truths))
     except Exception as error:
         if lack_of_memory(error):
             return True
@@ -143,42 +144,33 @@ def _over_the_batch(passes: "Passes", few: Sequence[Sample], whole: Sample, apar
     with going_on():
         with Questions() as questions:
             (first, earlier, _), (second, layout, seen) = (passes.looked_at(*_copied(b), apart=apart) for b in few)
-        before, batch = _Seen(second, seen, apart), few[-1]
+        batch = few[-1]
         others = (with_another(batch, place, whole[0], kind) for place, kind in OTHERS)
         placed = earlier == layout and not questions.ordered and passes.copies_are_apart(*_copied(batch))
-        if placed and not any(_is_touched(passes, *other, before) for other in others):
+        if placed and not any(_is_touched(passes, *other, seen, apart) for other in others):
             by_size = scaled(batch, *whole)
             if _are_alone(passes, by_size, _made_up(passes, by_size, apart)[0]):
                 found = _Candidate(passes.over_the_batch(layout), [first, second], layout, questions.asked)
     return found
 
 
-class _Seen(NamedTuple):
-    """What a pass over the batch finds, what goes into each tap [N, ...], and where samples were looked for."""
-
-    found: dict[str, PerSample]
-    taps: Sequence[Tensor]
-    apart: bool
-
-
-def _is_touched(passes: "Passes", batch: Sample, kept: Tensor, before: _Seen) -> bool:
-    """Return whether samples show something else once another one of them is another: at taps, or in gradients.
+def _is_touched(passes: "Passes", batch: Sample, kept: Tensor, seen: Sequence[Tensor], apart: bool) -> bool:
+    """Return whether samples show something else at a tap once another one of them is another.
 
     That other one is in new company too, so its gradients, and everyone's, are held against those of it alone.
     """
-    found, after = _made_up(passes, batch, before.apart)
-    if not all(same(a, b, kept) for a, b in zip(before.taps, after, strict=bool(found))):
+    found, after = _made_up(passes, batch, apart)
+    if not all(same(a, b, kept) for a, b in zip(seen, after, strict=bool(found))):
         return True
-    rows = kept.nonzero().flatten().tolist() if found else []
-    return not all(unmoved(_row(before.found, i), _row(found, i)) for i in rows) or not _are_alone(passes, batch, found)
+    return not _are_alone(passes, batch, found)
 
 
 def _made_up(passes: "Passes", batch: Sample, apart: bool) -> tuple[dict[str, PerSample], list[Tensor]]:
-    """Return what a pass over a made-up batch finds, and what goes into each tap; nothing where it is out of bounds."""
-    found, taps = dict[str, PerSample](), list[Tensor]()
+    """Return what a pass over a made-up batch finds, and shows at each tap; nothing where it is out of bounds."""
+    found, seen = dict[str, PerSample](), list[Tensor]()
     with going_on():
-        found, _, taps = passes.looked_at(*_copied(batch), apart=apart)
-    return found, taps
+        found, _, seen = passes.looked_at(*_copied(batch), apart=apart)
+    return found, seen
 
 
 def _are_alone(passes: "Passes", batch: Sample, found: dict[str, PerSample]) -> bool:

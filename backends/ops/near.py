@@ -17,7 +17,11 @@ NOISE = 8
 """Roundings of the whole gradient that one of a parameter may be apart besides: some are zero but for rounding."""
 
 KINKS = 10.0
-"""Times as far apart they may be where numbers are made up, which are large: more of a net's ReLUs are near a kink."""
+"""Times as far apart they may be where numbers are made up, which are large, or a batch is large, whose matrices are
+multiplied in other blocks: more of a net's ReLUs are on the other side of a kink."""
+
+KINKS_COARSELY = 3.0
+"""The same of bfloat16 and float16, where ten times as far would be as far as the gradient is long."""
 
 UNTOUCHED = 64
 """Roundings by which what a sample shows may change with another sample: matrices may be multiplied in other blocks."""
@@ -33,28 +37,15 @@ def near(ours: Named, theirs: Named, slack: float = 1.0) -> bool:
     share, noise = slack * next(share for least, share in SAME if eps >= least), NOISE * eps
     if any(ours[name].shape != t.shape for name, t in theirs.items()):
         return False
-    gaps, found, norms = (_norms(t) for t in ({k: ours[k] - t for k, t in theirs.items()}, ours, theirs))
+    norms = torch.stack([t.norm() for t in theirs.values()])
     if not norms.isfinite().all():
-        return not found.isfinite().all()
+        return not all(ours[name].isfinite().all() for name in theirs)
+    gaps = torch.stack([(ours[name] - t).norm() for name, t in theirs.items()])
     return bool((gaps <= share * norms + noise * norms.norm()).all())
 
 
-@torch.no_grad()
-def unmoved(before: Named, after: Named) -> bool:
-    """Return whether one sample's gradients are what they were, but for rounding; nothing is said if not finite."""
-    gaps, norms = _norms({name: after[name] - t for name, t in before.items()}), _norms(before)
-    t = next(iter(before.values()))
-    return not norms.isfinite().all() or bool(
-        (gaps <= _untouched(t) * norms + NOISE * rounding(t) * norms.norm()).all()
-    )
-
-
-def _norms(gradients: Named) -> Tensor:
-    return torch.stack([t.norm() for t in gradients.values()])
-
-
 def same(before: Tensor, after: Tensor, kept: Tensor) -> bool:
-    """Return whether the kept samples show the same at a tap [N, ...]."""
+    """Return whether the kept samples show the same in what goes into a tap, or comes back to it [N, ...]."""
     if before.shape != after.shape:
         return False
     wide = torch.promote_types(before.dtype, torch.float32)

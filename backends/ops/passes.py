@@ -149,7 +149,7 @@ class Passes:
         return Way(OVER_THE_BATCH, run)
 
     def looked_at(self, inputs: Batch, targets: Tensor, *, apart: bool) -> tuple[PerParameter, Layout, list[Tensor]]:
-        """Return what a pass over the batch finds, the samples' places in it, and what went into each tap [N, ...]."""
+        """Return what a pass over the batch finds, the samples' places in it, and what was seen at taps [N, ...]."""
         seen: list[Tensor] = []
         with kept_buffers(self.model):
             recorder, shared = self._batch_pass(inputs, targets, apart=apart, seen=seen)
@@ -196,6 +196,7 @@ class Passes:
             raise Uncovered
         for name, g in by_copies.items():
             recorder.at.append((name,))
+            recorder.show(g)
             recorder.found[name].append(Dense(g[:, None]))
         return recorder, copies
 

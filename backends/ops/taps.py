@@ -69,6 +69,7 @@ class Site:
             x = x.to(self.dtype)
         if self.place is not None:
             g, x = self.place.samples_first(g), self.place.samples_first(x)
+        self.recorder.show(g)
         self.arguments["input"] = x
         pieces = self.rule.gradients(g, **self.arguments)
         self.arguments.clear()
@@ -155,7 +156,7 @@ class Recorder(TorchFunctionMode):
         wanted: What was wanted.
         places: The samples' place at each tap so far.
         at: The parameters at each tap so far; and those without one that are there as [N, ...] and have a gradient.
-        seen: Where it is wanted, what went into each tap [N, ...].
+        seen: Where it is wanted, what went into each tap [N, ...], and then what came back, the last one first.
         uses: How many uses of each parameter are through.
     """
 
@@ -180,6 +181,11 @@ class Recorder(TorchFunctionMode):
         self.found = {name: [] for name in self.values}
         self._rewrites = UNDER_VMAP if self.samples is None else OVER_THE_BATCH
         self._rules = RULES if self.with_rules else {}
+
+    def show(self, t: Tensor) -> None:
+        """Keep what samples show at a tap, where that is wanted."""
+        if self.seen is not None:
+            self.seen.append(t.detach().clone())
 
     def take(self, name: str, piece: PerSample) -> None:
         """Take the gradients by one use of a parameter."""
@@ -230,8 +236,7 @@ class Recorder(TorchFunctionMode):
             self.at.append(tuple(names.values()))
             if place == SHARED:
                 x, y, place = (*(t.expand(self.samples, *t.shape[1:]) for t in (x, y)), Place(0))
-            if self.seen is not None:
-                self.seen.append(place.samples_first(x.detach().clone()))
+            self.show(place.samples_first(x))
             tapped_y: Tensor = BatchTap.apply(y, self.token, x, Site(self, RULES[func], bound.arguments, names, place))
             return tapped_y
         others = [t for k, t in bound.arguments.items() if isinstance(t, Tensor) and k not in ("input", *ROLES)]
