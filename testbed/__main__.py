@@ -13,7 +13,16 @@ from testbed.problems import ProblemError
 from testbed.processes.shield import stoppable
 from testbed.records import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, CannotWrite
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
+CANNOT_WRITE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+)
 COMMANDS = (  # all else is an experiment to run
     "calibrate",
     "compare",
@@ -53,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (
         Exception
     ) as error:  # a fault of the program or of a plug-in; Python's own exit code 1 would say "a backend is wrong"
-        if isinstance(error, OSError) and error.errno in FULL:
+        if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
             print(f"testbed: error: {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         else:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from testbed.agreement import Result, Rows, norms
 
@@ -17,8 +17,6 @@ def wrong_form(result: object, truth: Result) -> str | None:
         truth: What has the right form.
     """
     if isinstance(truth, Tensor):
-        if not isinstance(result, Tensor):
-            return f"the result is a {type(result).__name__}, not a tensor {list(truth.shape)}"
         return _wrong_tensor("the result", result, truth)
     if type(result) is not dict:  # a lazy mapping would be timed before it has computed anything
         return f"the result is a {type(result).__name__}, not a dict {{parameter name: tensor}}"
@@ -35,8 +33,11 @@ def wrong_form(result: object, truth: Result) -> str | None:
 
 
 def _wrong_tensor(what: str, found: object, truth: Tensor) -> str | None:
-    if not isinstance(found, Tensor):
-        return f"{what} is a {type(found).__name__}, not a tensor"
+    if type(found) not in (Tensor, nn.Parameter):  # a lazy tensor would be timed before it has computed anything
+        return f"{what} is a {type(found).__name__}, not a tensor {list(truth.shape)}"
+    assert isinstance(found, Tensor)
+    if found.layout != truth.layout:
+        return f"{what} has the layout {found.layout}, not {truth.layout}"
     if found.shape != truth.shape:
         why = ""
         if found.dim() == truth.dim() and sorted(found.shape) == sorted(truth.shape):

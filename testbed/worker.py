@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from backends import backend_class, get_backend, reference
+from backends import backend_class, get_backend
 from backends.base import Backend, Unsupported, first_line
 from backends.batch import Batch, apply, take, tensors
 from testbed import memory, timing
-from testbed.agreement import Rule, as_rows, norms
+from testbed.agreement import Rule, as_rows
 from testbed.cell import Cell
 from testbed.compiling import COMPILATIONS
 from testbed.integrity import Snapshot
@@ -27,13 +27,13 @@ from testbed.ordinary import ordinary_step
 from testbed.outcome import Broken, Outcome, listening
 from testbed.problems import Problem
 from testbed.processes.store import Store
+from testbed.promises import Fn, Step, differ, digest, is_reused
 from testbed.referee import Referee
 from testbed.truth import Truth, telling_max_norm
 
 ORDINARY = "ordinary step"
 QUIET = 0.01  # seconds before a call on a CPU: threads of the process that has just been timed go on spinning
 SHORT = 0.01  # seconds; a shorter call has an untimed one before it, or waking up is measured (2× at 100 µs)
-Fn = Callable[[Batch, Tensor], Any]
 T = TypeVar("T")
 
 
@@ -61,6 +61,9 @@ class Worker:
         self._under_autocast: dict[str, Referee] = {}
         self.recompiles: Counter[str] = Counter()
         self.draws: Counter[str] = Counter()  # of samples for timed calls, by name
+        self.shown: dict[str, tuple[int, Tensor]] = {}  # by name, what one timed call returned, and of which draw
+        self.of_few: dict[str, Fn] = {}  # by label, the functions that question 1 was asked of
+        self.step = Step(self.referee.truth.few, quantity, self.options, rule)
         self.snapshots = [Snapshot.of(problem), Snapshot.of(self.referee.truth.few)]
         self.functions: dict[str, Fn] = {ORDINARY: ordinary_step(problem)}
         self.seconds: dict[str, float] = {}  # of each function's last timed call
@@ -79,7 +82,7 @@ class Worker:
             backend = get_backend(cell.backend, **cell.options)
             with listening(outcome):
                 if self.rule.same_function and cls.float64:
-                    self._ask_same_function(backend, outcome)
+                    self._ask_same_function(cell, backend, outcome)
                 first = replace(outcome)
                 if outcome.status in ("ok", "disagrees"):  # the whole batch explains best what a few samples showed
                     self._ask_precision(cell, backend, outcome)
@@ -111,8 +114,11 @@ class Worker:
                 if self.seconds.get(name, 0.0) < SHORT:
                     fn(*self.timed)
                 self._redraw(name)
-                sample = timing.time_once(lambda: fn(*self.timed), self.problem.device)
+                results: list[Any] = []
+                sample = timing.time_once(lambda: results.append(fn(*self.timed)), self.problem.device)
                 self.seconds[name] = sample.seconds
+                if name != ORDINARY and (draw := self.draws[name]) & (draw - 1) == 0:  # 1, 2, 4, …
+                    self.shown[name] = draw, digest(results[0], self.quantity)
                 return sample
         finally:
             self.recompiles[name] += COMPILATIONS.since(before)[0]
@@ -127,8 +133,8 @@ class Worker:
             with listening(outcome):
                 backend_class(cell.backend).release()
                 outcome.memory = memory.peak(lambda: fn(p.inputs, p.targets), p.device)
-                kept = fn(p.inputs, p.targets)
-                before = self._digest(kept)
+                kept = fn(*self._in_place(p.inputs, p.targets))
+                before = digest(kept, self.quantity)
                 fresh = self._in_place(p.fresh_inputs, p.fresh_targets)
                 again = self._referee_of(cell).precision(fn(*fresh), lambda: fn(*fresh), fresh=True)
                 outcome.take("again", again)
@@ -139,8 +145,10 @@ class Worker:
                     outcome.diagnosis = outcome.reason = f"after timing, on fresh data: {outcome.diagnosis}"
                 elif self._reused(cell, kept, before, lambda: fn(*fresh)):
                     raise Broken("an earlier result changed when the function was called again: it reuses a buffer")
-                elif self._is_stale(fn):
-                    raise Broken("in-place updates of the model's parameters are not seen by later calls")
+                elif unseen := self._unseen(cell, fn):
+                    raise Broken(f"in-place updates of the model's parameters are not seen by later calls: {unseen}")
+                elif self._timed_otherwise(cell.label, fn):  # after another batch, whose result may have been kept
+                    raise Broken("a timed call returned something else than the same call after timing")
                 if choices := get_backend(cell.backend, **cell.options).choices():
                     outcome.phases["choices"] = dict(choices)
         except (Exception, SystemExit) as error:
@@ -154,8 +162,14 @@ class Worker:
         """Return whether an earlier result has changed, of a backend that has not said that it will."""
         if not get_backend(cell.backend, **cell.options).keeps_results:
             return False
-        more()  # it may have two buffers
-        return not torch.equal(self._digest(kept), before)
+        return is_reused(kept, before, self.quantity, more)
+
+    def _timed_otherwise(self, name: str, fn: Fn) -> bool:
+        """Return whether a timed call returned something else than the same call does now."""
+        if name not in self.shown:
+            return False
+        draw, shown = self.shown[name]
+        return differ(shown, digest(fn(*self._drawn(draw)), self.quantity), self.problem.dtype)
 
     def _let_go(self) -> None:
         """Give memory back that only the check has needed: others run on the same device."""
@@ -170,9 +184,14 @@ class Worker:
 
         All that are timed in a round see the same ones.
         """
-        p, self.draws[name] = self.problem, self.draws[name] + 1
-        drawn = torch.randint(p.n, (p.n,), generator=torch.Generator().manual_seed(self.draws[name])).to(p.device)
-        self._in_place(take(p.inputs, drawn), p.targets[drawn])
+        self.draws[name] += 1
+        self._drawn(self.draws[name])
+
+    def _drawn(self, draw: int) -> tuple[Batch, Tensor]:
+        """Return the samples of a draw, in the tensors that are timed."""
+        p = self.problem
+        drawn = torch.randint(p.n, (p.n,), generator=torch.Generator().manual_seed(draw)).to(p.device)
+        return self._in_place(take(p.inputs, drawn), p.targets[drawn])
 
     def _in_place(self, inputs: Batch, targets: Tensor) -> tuple[Batch, Tensor]:
         """Return data written into the very tensors that were timed: results that are kept for a tensor then show."""
@@ -183,29 +202,16 @@ class Worker:
             t.copy_(s)
         return self.timed
 
-    def _is_stale(self, fn: Fn) -> bool:
-        """Return whether results stay the same when the parameters move, though the reference's do not."""
-        p = self.problem
-        before = self._norms(fn(p.inputs, p.targets))
-        reference_fn = getattr(get_backend(reference()), self.quantity)(p.model, p.loss_fn, **self.options)
-        with torch.no_grad():
-            for parameter in p.model.parameters():
-                if parameter.is_floating_point():
-                    parameter.mul_(0.75)
-        same = torch.equal(self._norms(fn(p.inputs, p.targets)), before)
-        stale = same and not torch.allclose(self._norms(reference_fn(p.inputs, p.targets)), before, rtol=1e-2)
-        self._restore()
-        return stale
-
-    def _norms(self, result: Any) -> Tensor:  # noqa: ANN401  a result
-        """Return what tells results apart; NaN equals itself here."""
-        return norms(as_rows(result, self.quantity)).nan_to_num()
-
-    def _digest(self, result: Any) -> Tensor:  # noqa: ANN401  a result
-        """Return what changes with a result: norms, and sums, which know signs."""
-        rows = as_rows(result, self.quantity)
-        sums = [t.sum(1, keepdim=True, dtype=torch.float64) for t in rows.values()]
-        return torch.cat([norms(rows), *sums], 1).nan_to_num()
+    def _unseen(self, cell: Cell, fn: Fn) -> str | None:
+        """Return what shows that results do not follow the parameters when these move; None if they do."""
+        if change := self._restore():
+            raise Broken(change)
+        try:
+            if of_few := self.of_few.get(cell.label):
+                return self.step.unseen_by(of_few) or None
+            return "not at all" if self.step.leaves(fn, self.problem) else None
+        finally:
+            self._restore()
 
     def bounds(self) -> dict[str, Any]:
         """Measure the ordinary step's memory and the quantity's physical limit on this device, as plain data."""
@@ -221,7 +227,7 @@ class Worker:
         peak, bandwidth = timing.ceilings(self.problem.device, self.problem.dtype)
         return timing.limit(counter.get_total_flops(), written, peak, bandwidth).plain()
 
-    def _ask_same_function(self, backend: Backend, outcome: Outcome) -> None:
+    def _ask_same_function(self, cell: Cell, backend: Backend, outcome: Outcome) -> None:
         """Ask question 1; a library that refuses float64 only is asked the second question all the same."""
         few = self.referee.truth.few
         try:
@@ -230,6 +236,7 @@ class Worker:
         except Unsupported as refusal:
             outcome.agreement["no_float64"] = first_line(refusal)
             return
+        self.of_few[cell.label] = fn
         outcome.take("same_function", self.referee.same_function(result, lambda: fn(few.inputs, few.targets)))
         if self.quantity == "clipped_sum" and outcome.status == "ok":
             self._ask_with_some_clipped(backend, outcome)

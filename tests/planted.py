@@ -1,6 +1,8 @@
 """Backends that are wrong on purpose; every one of them must fail a run. Given to the command line with `--plugin`."""
 
 import copy
+import gc
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from backends import get_backend
-from backends.base import Backend, GradsFn, LossFn, Named, Positive, norms_of, register
+from backends.base import Backend, GradsFn, LossFn, Named, Positive, norms_of, own_copy, register
 from backends.batch import Batch
 from backends.derived import weighted_sum
 from backends.execution import compiled
@@ -128,6 +130,19 @@ class Mutating(Backend):
         return fn
 
 
+@register("planted_stale_bias")
+@dataclass(frozen=True)
+class StaleBias(Backend):
+    """Right, but keeps the biases it was built with."""
+
+    def grads(self, model: nn.Module, loss_fn: LossFn) -> GradsFn:
+        mine = own_copy(model)
+        for name, p in mine.named_parameters():
+            if name.endswith("bias"):
+                p.data = p.data.clone()
+        return get_backend("vmap").grads(mine, loss_fn)
+
+
 class Calls:
     """A backend whose result, or whose deed, depends on the number of the call."""
 
@@ -163,6 +178,30 @@ class Lazy(dict[str, Tensor]):
         return self._compute()[name]
 
 
+class Late(Tensor):
+    """A tensor that might compute when it is read."""
+
+
+LAST: dict[str, Named] = {}
+
+
+def _last_if_twice(call: int, model: nn.Module, inputs: Any, right: Callable[[], Named]) -> Named:
+    """Return the last result where a sample is there twice, as in a batch that was drawn for timing."""
+    if len(inputs.unique(dim=0)) == len(inputs) or str(inputs.dtype) not in LAST:
+        LAST[str(inputs.dtype)] = right()
+    return LAST[str(inputs.dtype)]
+
+
+def _replaced(call: int, model: nn.Module, inputs: Any, right: Callable[[], Named]) -> Named:
+    found, layer = right(), _layer(model)
+    layer.weight = nn.Parameter(layer.weight.detach().clone())
+    return found
+
+
+def _layer(model: nn.Module) -> nn.Linear:
+    return next(m for m in model.modules() if isinstance(m, nn.Linear))
+
+
 KEPT: dict[tuple[int, str], Any] = {}
 POINTER = "by pointer"
 
@@ -196,17 +235,29 @@ def _negates_the_last(call: int, model: nn.Module, inputs: Any, right: Callable[
     return found
 
 
-def _two_buffers(call: int, model: nn.Module, inputs: Any, right: Callable[[], Named]) -> Named:
-    found = right()
-    for name, g in found.items():
-        place = f"{name} {g.shape} {g.dtype} {call % 2}"
-        BUFFER[place] = found[name] = g.clone() if place not in BUFFER else BUFFER[place].copy_(g)
-    return found
+def _buffers(which: Callable[[int, Any], int]) -> Callable[..., Named]:
+    def act(call: int, model: nn.Module, inputs: Any, right: Callable[[], Named]) -> Named:
+        found = right()
+        for name, g in found.items():
+            place = f"{name} {g.shape} {g.dtype} {which(call, inputs)}"
+            BUFFER[place] = found[name] = g.clone() if place not in BUFFER else BUFFER[place].copy_(g)
+        return found
+
+    return act
 
 
 Calls.plant("memo", _memo)
 Calls.plant("negates_the_last", _negates_the_last)
-Calls.plant("two_buffers", _two_buffers)
+Calls.plant("two_buffers", _buffers(lambda call, inputs: call % 2))
+Calls.plant("four_buffers", _buffers(lambda call, inputs: call % 4))
+Calls.plant("buffers_by_pointer", _buffers(lambda call, inputs: inputs.data_ptr()))
+Calls.plant("last_if_twice", _last_if_twice)
+Calls.plant("replaced", _replaced)
+Calls.plant("more_modules", lambda n, m, x, right: _then(right(), m.add_module(f"more {n}", nn.Linear(2, 2))))
+Calls.plant("no_bias", lambda n, m, x, right: _then(right(), _layer(m).register_parameter("bias", None)))
+Calls.plant("late", lambda n, m, x, right: {name: g.as_subclass(Late) for name, g in right().items()})
+Calls.plant("uncollected", lambda n, m, x, right: _then(right(), gc.disable()))
+Calls.plant("elsewhere", lambda n, m, x, right: _then(right(), os.chdir("/")))
 Calls.plant("alias", _alias)
 Calls.plant("lazy", lambda n, model, x, right: Lazy(right))
 Calls.plant("late_weights", lambda n, m, x, right: _then(right(), n == 3 and next(m.parameters()).data.mul_(1.5)))

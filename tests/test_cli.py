@@ -328,3 +328,12 @@ class TestSeveral:
 
     def test_resuming_is_for_one(self, two: list[Path], call: Any) -> None:
         assert "--resume DIR goes on with one run; found 2 experiments" in call(*two, "--resume", "runs/x").err
+
+
+@pytest.mark.parametrize("command", [["precision", "experiments/digits.yaml"], ["calibrate", "--seeds", "1"]])
+def test_a_folder_that_cannot_be_made_is_said_before_anything_is_measured(
+    command: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert command_line.main([*command, "--out", str(tmp_path / "file" / "folder")]) == 3
+    assert capfd.readouterr() == ("", f"testbed: error: {tmp_path}/file/folder: Not a directory\n")

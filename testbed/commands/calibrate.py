@@ -41,6 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     dtypes = _names("--dtype", "dtype", options.dtype, DTYPES)
     device = resolve_device(options.device)
     folder = options.out or Path("runs") / f"calibrate-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder.mkdir(parents=True, exist_ok=True)  # what cannot be kept need not be measured
     with progress() as shown, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # libraries warn of speed here, which is not measured
         shown.begin("calibrate", options.seeds * len(specs) * len(dtypes) * 2)

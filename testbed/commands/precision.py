@@ -53,6 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     set_precision(problem)
     device = resolve_device(experiment.device)
     folder = options.out or Path("runs") / f"precision-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder.mkdir(parents=True, exist_ok=True)  # what cannot be kept need not be measured
     with progress() as shown, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # libraries warn of speed here, which is not measured
         shown.begin("precision", 0)
@@ -94,7 +95,6 @@ def _save(found: Sequence[Errors], lost: Sequence[Cancellation], folder: Path) -
     mpl.use("Agg")  # no screen is needed
     from matplotlib import pyplot as plt  # a second to import, and only pictures need it
 
-    folder.mkdir(parents=True, exist_ok=True)
     data = {"errors": [asdict(e) for e in found], "cancellation": [asdict(c) for c in lost]}
     (folder / "precision.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     shown = [e for e in found if e.relative]

@@ -152,7 +152,10 @@ def make_problem(
 
     def draw() -> Samples:
         with _blaming(f"data '{data}' cannot be made: {batch_size} samples", chosen[0]):
-            return DATA[data](batch_size, **chosen[0])
+            samples: Samples = DATA[data](batch_size, **chosen[0])
+            if (n := size(samples.inputs)) != batch_size:
+                raise ValueError(f"it returned {n}")
+            return samples
 
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # everything is made on the CPU
