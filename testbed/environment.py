@@ -71,7 +71,7 @@ def _fixed() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "versions": {name: found for name in (*LIBRARIES, *_backends_libraries()) if (found := _version(name))},
         "commit": _run("git", "rev-parse", "HEAD"),
-        "dirty": bool(_run("git", "status", "--porcelain")),
+        "dirty": bool(_run("git", "status", "--porcelain", "--untracked-files=no")),  # `source` knows new code
         "source": source_of(here, Path(backends.__file__).parent),
     }
 

@@ -12,7 +12,6 @@ from torch import nn
 
 from backends.batch import call
 from testbed.problems import DATA, LOSSES, MODELS, Problem, ProblemError, make_problem
-from tests.conftest import kept_registries
 
 OFFLINE = ("mnist", "fashion_mnist", "cifar10")
 
@@ -229,10 +228,9 @@ def test_what_does_not_fit_is_one_line(options: dict[str, object], sentence: str
 
 
 def test_data_of_another_size_are_no_batch() -> None:
-    with kept_registries():
-        DATA.add("too_few", lambda n: DATA["random"](3))
-        with pytest.raises(ProblemError, match="data 'too_few' cannot be made: 8 samples: ValueError: it returned 3"):
-            make_problem("mlp", "too_few", "nll", batch_size=8)
+    DATA.add("too_few", lambda n: DATA["random"](3))
+    with pytest.raises(ProblemError, match="data 'too_few' cannot be made: 8 samples: ValueError: it returned 3"):
+        make_problem("mlp", "too_few", "nll", batch_size=8)
 
 
 def test_mse_compares_classes_one_hot() -> None:

@@ -135,6 +135,13 @@ def test_a_norm_that_clips_all_or_nothing_hides_no_error(
     assert words in records[name].diagnosis
 
 
+def test_a_baseline_that_turns_out_wrong_gives_no_speed_ups(tmp_path: Path) -> None:
+    code, records = run(tmp_path, "vmap, planted_drifting]\nbaseline: planted_drifting\n#")
+    assert (records["drifting"].status, records["vmap"].status, code) == ("disagrees", "ok", 1)
+    assert records["vmap"].timing["ratio"] is None
+    assert records["vmap"].timing["ordinary"]["ratio"] > 0
+
+
 def test_every_timed_call_sees_other_samples() -> None:
     """A backend that keeps what it has computed of a batch would else be timed at looking it up."""
     problem = make_problem("mlp", "random", "cross_entropy", batch_size=6)
