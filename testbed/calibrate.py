@@ -6,6 +6,7 @@ several values of the rule's factor c and number of draws K, so that its default
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any, TypeAlias
@@ -86,6 +87,7 @@ def calibrate(
     device: str = "cpu",
     train_steps: int = 20,
     step: Callable[[str], None] = lambda what: None,
+    tallies: list[Tally] | None = None,
 ) -> list[Tally]:
     """Measure the check.
 
@@ -96,8 +98,10 @@ def calibrate(
         device: Where to run.
         train_steps: Of the trained weights.
         step: Hears what is being measured.
+        tallies: An empty list, for a caller who wants what was counted if this is interrupted.
     """
-    tallies = [Tally(dtype, trained) for dtype in dtypes for trained in (False, True)]
+    tallies = [] if tallies is None else tallies
+    tallies += [Tally(dtype, trained) for dtype in dtypes for trained in (False, True)]
     for seed in seeds:
         for spec in specs:
             for tally in tallies:
@@ -105,7 +109,12 @@ def calibrate(
                 steps = train_steps if tally.trained else 0
                 options = {"seed": seed, "train_steps": steps, "dtype": getattr(torch, tally.dtype), "device": device}
                 problem = make_problem(loss="nll", batch_size=BATCH, **SPECS[spec], **options)
-                _measure(problem, f"{spec}, seed {seed}", tally)
+                before = deepcopy(tally)
+                try:
+                    _measure(problem, f"{spec}, seed {seed}", tally)
+                except KeyboardInterrupt:
+                    vars(tally).update(vars(before))  # half a problem counts for none
+                    raise
     return tallies
 
 

@@ -45,6 +45,7 @@ def measure(
     dtypes: Sequence[str],
     backends: Sequence[tuple[str, dict[str, Any]]] | None = None,
     step: Callable[[str], None] = lambda what: None,
+    found: list[Errors] | None = None,
 ) -> list[Errors]:
     """Measure backends in every dtype on one problem.
 
@@ -53,8 +54,9 @@ def measure(
         dtypes: Such as "float32", "bfloat16", "float16".
         backends: Names and options; every backend with every choice of its options if None.
         step: Hears what is being measured.
+        found: An empty list, for a caller who wants what was found if this is interrupted.
     """
-    found = []
+    found = [] if found is None else found
     for dtype in dtypes:
         run = problem.to(getattr(torch, dtype))
         referee = Referee(run, "grads", {}, Calibrated())

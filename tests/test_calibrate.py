@@ -1,7 +1,9 @@
 """The check's own error rates on a few problems: no false alarm, and planted errors are caught."""
 
+import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,3 +86,39 @@ def test_norms_by_gram_cancel_where_direct_ones_do_not() -> None:
     assert coarse.negative > 0, "a squared norm below zero: clamped, it would mean unclipped"
     assert coarse.direct < 0.02 < 1 < coarse.gram
     assert cancellation(torch.float32).gram > 10 * cancellation(torch.float32).direct
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what", "file"),
+    [
+        (
+            ["calibrate", "--seeds", "2", "--model", "mlp", "--dtype", "float32"],
+            "calibrate._measure",
+            "calibration.json",
+        ),
+        (["precision", "experiments/digits.yaml", "--set", "batch_size=3"], "precision._errors", "precision.json"),
+    ],
+)
+def test_an_interruption_keeps_what_was_measured(
+    arguments: list[str],
+    what: str,
+    file: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    module = importlib.import_module(f"testbed.{what.split('.')[0]}")
+    measure, calls = getattr(module, what.split(".")[1]), list[int]()
+
+    def once(*of: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return measure(*of)
+
+    monkeypatch.setattr(f"testbed.{what}", once)
+    assert main([*arguments, "--out", str(tmp_path)]) == 130
+    printed = capsys.readouterr()
+    assert f"data and picture in {tmp_path}" in printed.out
+    assert printed.err.endswith("testbed: interrupted\n")
+    assert json.loads((tmp_path / file).read_text())

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from backends.registry import unknown
-from testbed.calibrate import SPECS, calibrate
+from testbed.calibrate import SPECS, Tally, calibrate
 from testbed.calibration_report import save, show
 from testbed.commands.plugins import add_plugin, load_plugins
 from testbed.config.experiment import resolve_device
@@ -42,13 +42,17 @@ def main(arguments: Sequence[str]) -> int:
     device = resolve_device(options.device)
     folder = options.out or Path("runs") / f"calibrate-{time.strftime('%Y%m%d-%H%M%S')}"
     folder.mkdir(parents=True, exist_ok=True)  # what cannot be kept need not be measured
-    with progress() as shown, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # libraries warn of speed here, which is not measured
-        shown.begin("calibrate", options.seeds * len(specs) * len(dtypes) * 2)
-        tallies = calibrate(range(options.seeds), dtypes, specs, str(device), step=shown.step)
-    show(tallies, Console())
-    save(tallies, folder)
-    print(f"data and picture in {folder}")
+    tallies: list[Tally] = []
+    try:
+        with progress() as shown, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # libraries warn of speed here, which is not measured
+            shown.begin("calibrate", options.seeds * len(specs) * len(dtypes) * 2)
+            calibrate(range(options.seeds), dtypes, specs, str(device), step=shown.step, tallies=tallies)
+    finally:  # Ctrl-C loses the problem that is being measured
+        if any(t.runs for t in tallies):
+            show(tallies, Console())
+            save(tallies, folder)
+            print(f"data and picture in {folder}")
     return EXIT_WRONG if any(t.blamed for t in tallies) else EXIT_OK
 
 

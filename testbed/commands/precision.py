@@ -54,15 +54,18 @@ def main(arguments: Sequence[str]) -> int:
     device = resolve_device(experiment.device)
     folder = options.out or Path("runs") / f"precision-{time.strftime('%Y%m%d-%H%M%S')}"
     folder.mkdir(parents=True, exist_ok=True)  # what cannot be kept need not be measured
-    with progress() as shown, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # libraries warn of speed here, which is not measured
-        shown.begin("precision", 0)
-        chosen_backends = [(c.name, c.options) for c in experiment.backends or ()]
-        found = measure(problem_of(problem, device), dtypes, chosen_backends or None, shown.step)
-    lost = [cancellation(getattr(torch, name)) for name in dtypes]
-    _show(found, lost, Console())
-    _save(found, lost, folder)
-    print(f"data and picture in {folder}")
+    lost, found = [cancellation(getattr(torch, name)) for name in dtypes], list[Errors]()
+    try:
+        with progress() as shown, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # libraries warn of speed here, which is not measured
+            shown.begin("precision", 0)
+            chosen_backends = [(c.name, c.options) for c in experiment.backends or ()]
+            measure(problem_of(problem, device), dtypes, chosen_backends or None, shown.step, found)
+    finally:  # Ctrl-C loses the backend that is being measured
+        if found:
+            _show(found, lost, Console())
+            _save(found, lost, folder)
+            print(f"data and picture in {folder}")
     return EXIT_OK if all(e.agrees for e in found) else EXIT_WRONG
 
 
