@@ -240,11 +240,15 @@ def _row(found: dict[str, PerSample], i: int) -> Named:
 
 
 def _tells_apart(layout: Layout, prints: dict[str, list[tuple[float, ...]]], n: int) -> bool:
-    """Return whether at each tap some parameter has a gradient of its own for each sample."""
+    """Return whether at each tap some parameter has a gradient of its own for each sample.
+
+    One that is there as [N, ...] must have some gradient for each, which is that sample's then, not another one's.
+    """
     once = min(n, max(SIZES))  # a smaller batch is looked at with samples again
     finite = {name: [f for f in p[:once] if isfinite(sum(f))] for name, p in prints.items()}
     different = {name: len(p) > 1 and all(a != b for a, b in combinations(p, 2)) for name, p in finite.items()}
-    return all(any(different[name] for name in names) for names in layout.names)
+    there = {name: len(p) > 1 and all(norm > 0 for norm, *_ in p) for name, p in finite.items()}
+    return all(any(different[name] for name in names) for names in layout.names) and all(map(there.get, layout.copies))
 
 
 def _copied(batch: Sample) -> Sample:

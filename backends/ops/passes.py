@@ -142,7 +142,7 @@ class Passes:
 
         def run(inputs: Batch, targets: Tensor, each: Each) -> dict[str, Any]:
             recorder, _ = self._batch_pass(inputs, targets, known=layout, each=each)
-            if recorder.at != layout.names:
+            if (recorder.at, recorder.copies) != (layout.names, layout.copies):
                 raise Uncovered
             return recorder.all_wanted(size(inputs))
 
@@ -154,7 +154,7 @@ class Passes:
         with kept_buffers(self.model):
             recorder, shared = self._batch_pass(inputs, targets, apart=apart, seen=seen)
         uses = {name: count for name, count in recorder.uses.items() if name not in shared}
-        return recorder.all_wanted(size(inputs)), Layout(recorder.places, uses, recorder.at), seen
+        return recorder.all_wanted(size(inputs)), Layout(recorder.places, uses, recorder.at, recorder.copies), seen
 
     def under_vmap(self, *, with_rules: bool) -> Way:
         """Return the way under vmap."""
@@ -195,7 +195,7 @@ class Passes:
         if missed:
             raise Uncovered
         for name, g in by_copies.items():
-            recorder.at.append((name,))
+            recorder.copies.append(name)
             recorder.show(g)
             recorder.found[name].append(Dense(g[:, None]))
         return recorder, copies

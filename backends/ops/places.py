@@ -47,12 +47,14 @@ class Layout(NamedTuple):
     Attributes:
         places: The samples' place at each tap.
         uses: How often parameters are used.
-        names: Which parameters are used at each tap; and those without one that are there as [N, ...].
+        names: Which parameters are used at each tap.
+        copies: Those that are there as [N, ...] and have a gradient.
     """
 
     places: Sequence[Place]
     uses: Mapping[str, int]
     names: Sequence[tuple[str, ...]]
+    copies: Sequence[str]
 
 
 def likely(x: Tensor, n: int, apart: bool) -> list[Place]:

@@ -155,7 +155,8 @@ class Recorder(TorchFunctionMode):
         found: Per-sample gradients by the uses of each parameter, until then.
         wanted: What was wanted.
         places: The samples' place at each tap so far.
-        at: The parameters at each tap so far; and those without one that are there as [N, ...] and have a gradient.
+        at: The parameters at each tap so far.
+        copies: Those that are there as [N, ...] and have a gradient.
         seen: Where it is wanted, what went into each tap [N, ...], and then what came back, the last one first.
         uses: How many uses of each parameter are through.
     """
@@ -172,6 +173,7 @@ class Recorder(TorchFunctionMode):
     wanted: dict[str, Any] = field(default_factory=dict)
     places: list[Place] = field(default_factory=list)
     at: list[tuple[str, ...]] = field(default_factory=list)
+    copies: list[str] = field(default_factory=list)
     seen: list[Tensor] | None = None
     uses: Counter[str] = field(default_factory=Counter)
     forward_is_over: bool = False
