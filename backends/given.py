@@ -31,8 +31,12 @@ def checked(fn: Fn, model: nn.Module, loss_fn: LossFn) -> Fn:
         Unsupported: By it too: a tensor is sparse; a parameter has other memory than it had; the model or the loss
             uses the caller's parameters, or changes them.
     """
-    parameters = dict(model.named_parameters())
-    memory = {name: p.data_ptr() for name, p in parameters.items()}
+    held = [
+        (f"{path}{'.' * bool(path)}{name}", module._parameters, name, p, p.data_ptr())
+        for path, module in model.named_modules()
+        for name, p in module._parameters.items()
+        if p is not None
+    ]
     first = True
 
     def run(inputs: Batch, targets: Tensor) -> Any:  # noqa: ANN401  as the function
@@ -44,11 +48,11 @@ def checked(fn: Fn, model: nn.Module, loss_fn: LossFn) -> Fn:
         for t in (*tensors(inputs), targets):
             if t.layout != torch.strided:
                 raise Unsupported(f"a batch holds dense tensors, found one of layout {t.layout}")
-        for name, p in parameters.items():
-            if p.data_ptr() != memory[name]:
+        for path, now, name, p, memory in held:
+            if now.get(name) is not p or p.data_ptr() != memory:
                 raise Unsupported(
-                    f"`{name}` has other memory than when this function was built (by `.data = ...`, say), "
-                    "so its values would be old ones; build it anew"
+                    f"`{path}` has other memory than when this function was built (by `.data = ...`, `.to(...)`, say), "
+                    "or is another parameter, so its values would be old ones; build it anew"
                 )
         with torch.inference_mode(mode=False) if torch.is_inference_mode_enabled() else nullcontext():
             inputs, targets = apply(_ordinary, inputs), _ordinary(targets)
@@ -78,11 +82,16 @@ def _refuse_what_has_no_copy(model: nn.Module, loss_fn: LossFn, inputs: Batch, t
             losses = loss_fn(call(plain, apply(torch.clone, one)), target.clone())
         except Exception:  # whatever a model's code may raise: the backend will say it in its own words
             return
+    given = dict(model.named_parameters())
     for name, p in own.items():
-        if (p.data_ptr(), p._version) != before[name]:
+        if (p.data_ptr(), p._version) != before[name] or not _equal(p.detach(), given[name].detach()):  # by `.data`
             raise Unsupported(f"the model changes its parameter `{name}` while it runs")
     if isinstance(losses, Tensor):
         refuse_past_the_copy(model, losses)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return bool(((a == b) | ((a != a) & (b != b))).all())  # NaN equals itself here
 
 
 def refuse_past_the_copy(model: nn.Module, losses: Tensor) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from backends import get_backend
 from backends.base import LossFn
 from backends.ops.choice import CHOSEN
+from backends.ops.near import near
 from tests.cases import DEVICE, Functional, cross_entropy, linear, real, squares
 
 pytestmark = pytest.mark.usefixtures("own_random_state")
@@ -114,6 +115,9 @@ COUPLED = {
     "outliers dropped": Coupled(but_outliers, [(3 * X, CLASSES)]),
     "the largest dropped": Coupled(but_the_largest, [(X, CLASSES)]),
     "kept apart": Coupled(apart, [(3 * real(128, 5), torch.arange(128, device=DEVICE) % 5)]),
+    "kept apart in a later batch": Coupled(
+        apart, [(scale * real(8, 5), torch.arange(8, device=DEVICE) % 5) for scale in (6, 0.1)]
+    ),
     "the mean's entropy": Coupled(with_entropy, [(X, CLASSES)], dtype=torch.float32),
     "a small penalty on a sum": Coupled(with_a_sum, [(MANY, THEIRS)], dtype=torch.float32),
     "a penalty on what all share": Coupled(squares, [(MANY, THEIRS)], with_a_shared_code, torch.float32),
@@ -156,6 +160,11 @@ def test_samples_that_are_apart_are_run_over_the_batch() -> None:
         assert CHOSEN["passes of Functional"] == "over the batch"
 
 
+def test_a_sample_that_is_not_finite_alone_must_not_be_so_in_a_batch() -> None:
+    nan, one = ({"p": torch.full((2,), value)} for value in (float("nan"), 1.0))
+    assert [near(*both) for both in ((one, nan), (nan, one), (nan, nan), (one, one))] == [False, False, True, True]
+
+
 def test_a_larger_batch_is_looked_at_again() -> None:
     """Of 6 samples none is dropped, of 32 some are."""
     model, grads = model_of(lambda s, x: s.b(torch.tanh(s.a(x)))), []
@@ -190,6 +199,30 @@ def test_a_parameter_may_have_the_same_gradient_for_all() -> None:
     ours, loop = (get_backend(b).grads(model, loss) for b in ("bookkeeping", "naive"))
     torch.testing.assert_close(ours(X, real(32)), loop(X, real(32)))
     assert CHOSEN["passes of Functional"] == "over the batch"
+
+
+def test_a_parameter_may_be_used_by_some() -> None:
+    """A null embedding in place of a condition that is dropped: one sample that is looked at has it."""
+
+    def forward(s: nn.Module, x: Tensor, dropped: Tensor) -> Tensor:
+        return torch.tanh(s.a(x) + torch.where(dropped[:, None], s.new, s.b(x)))
+
+    model = model_of(forward, new=nn.Parameter(real(1, 5)))
+    ours, loop = (get_backend(b).grads(model, squares) for b in ("bookkeeping", "naive"))
+    dropped = torch.arange(32, device=DEVICE) % 10 == 0
+    dropped[[0, 20]] = False
+    torch.testing.assert_close(ours((X, dropped), real(32)), loop((X, dropped), real(32)))
+    assert CHOSEN["passes of Functional"] == "over the batch"
+
+
+def test_a_complex_parameter_may_be_used_by_all() -> None:
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        return s.b(torch.fft.irfft(torch.fft.rfft(s.a(x)) * s.filter, n=5))
+
+    model = Functional(forward, a=linear(5, 5), b=linear(5, 5)).to(DEVICE, torch.float64)
+    model.filter = nn.Parameter(torch.complex(real(1, 3), real(3, 1).T))
+    ours, loop = (get_backend(b).grads(model, squares) for b in ("bookkeeping", "naive"))
+    torch.testing.assert_close(ours(X, real(32)), loop(X, real(32)))
 
 
 class Reversible(torch.autograd.Function):

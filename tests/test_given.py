@@ -51,8 +51,13 @@ def test_a_parameter_that_has_other_memory_is_refused_and_a_step_is_seen(backend
     after = grads(INPUTS, TARGETS)
     torch.testing.assert_close(after, truth(INPUTS, TARGETS))
     assert not torch.equal(before["0.weight"], after["0.weight"])
+    state = {name: p.clone() for name, p in model.state_dict().items()}
     nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(model.parameters()) * 2, model.parameters())
     with pytest.raises(Unsupported, match=r"`0.weight` has other memory than when this function was built"):
+        grads(INPUTS, TARGETS)
+    grads = get_backend(backend).grads(model, cross_entropy)
+    model.load_state_dict(state, assign=True)
+    with pytest.raises(Unsupported, match=r"`0.weight` has other memory .* or is another parameter"):
         grads(INPUTS, TARGETS)
 
 
@@ -113,6 +118,14 @@ def test_a_model_that_changes_its_weights_is_refused_and_they_stay() -> None:
     with pytest.raises(Unsupported, match="the model changes its parameter `w` while it runs"):
         get_backend("bookkeeping").grads(model.to(DEVICE), cross_entropy)(TARGETS, TARGETS)
     assert torch.equal(weight.cpu(), before.cpu())
+
+
+def test_a_model_that_clamps_its_weights_is_refused_and_they_stay() -> None:
+    model = Functional(lambda s, x: (s.a.weight.data.clamp_(-0.1, 0.1), s.a(x))[1], a=linear(5, 4)).to(DEVICE).double()
+    before = model.a.weight.detach().clone()
+    with pytest.raises(Unsupported, match=r"the model changes its parameter `a.weight` while it runs"):
+        get_backend("bookkeeping").grads(model, cross_entropy)(INPUTS, TARGETS)
+    assert torch.equal(model.a.weight, before)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

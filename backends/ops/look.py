@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import combinations
-from math import isfinite
+from math import inf, isfinite
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -242,12 +242,13 @@ def _row(found: dict[str, PerSample], i: int) -> Named:
 def _tells_apart(layout: Layout, prints: dict[str, list[tuple[float, ...]]], n: int) -> bool:
     """Return whether at each tap some parameter has a gradient of its own for each sample.
 
-    One that is there as [N, ...] must have some gradient for each, which is that sample's then, not another one's.
+    One that is there as [N, ...] must have some gradient for one of those that were in two places, in order and
+    backwards: it was the sample's own then, and an index would have taken the same place both times.
     """
     once = min(n, max(SIZES))  # a smaller batch is looked at with samples again
     finite = {name: [f for f in p[:once] if isfinite(sum(f))] for name, p in prints.items()}
     different = {name: len(p) > 1 and all(a != b for a, b in combinations(p, 2)) for name, p in finite.items()}
-    there = {name: len(p) > 1 and all(norm > 0 for norm, *_ in p) for name, p in finite.items()}
+    there = {name: any(0 < norm < inf for norm, *_ in p[1:]) for name, p in prints.items()}
     return all(any(different[name] for name in names) for names in layout.names) and all(map(there.get, layout.copies))
 
 

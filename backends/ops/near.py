@@ -61,5 +61,6 @@ def _untouched(like: Tensor) -> float:
 
 def fingerprint(g: Tensor) -> tuple[float, ...]:
     """Return a few numbers that differ where gradients do."""
-    flat = g.flatten().to(torch.promote_types(g.dtype, torch.float32))
+    flat = (torch.view_as_real(g) if g.is_complex() else g).flatten()
+    flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
     return tuple(torch.stack([flat.norm(), flat.sum(), flat[::3].sum()]).tolist())
