@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -58,9 +59,9 @@ def but_the_largest(outputs: Tensor, targets: Tensor) -> Tensor:
     return torch.where(rank < len(losses) - int(0.1 * len(losses)), losses, 0 * losses)
 
 
-def apart(outputs: Tensor, targets: Tensor) -> Tensor:
+def apart(outputs: Tensor, targets: Tensor, margin: float = 0.3) -> Tensor:
     distance = torch.cdist(outputs, outputs) + 10 * torch.eye(len(outputs)).to(outputs)
-    return cross_entropy(outputs, targets) + F.relu(0.3 - distance).sum(1)
+    return cross_entropy(outputs, targets) + F.relu(margin - distance).sum(1)
 
 
 def with_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ COUPLED = {
     "the largest dropped": Coupled(but_the_largest, [(X, CLASSES)]),
     "kept apart": Coupled(apart, [(3 * real(128, 5), torch.arange(128, device=DEVICE) % 5)]),
     "kept apart in a later batch": Coupled(
-        apart, [(scale * real(8, 5), torch.arange(8, device=DEVICE) % 5) for scale in (6, 0.1)]
+        partial(apart, margin=0.03), [(scale * real(8, 5), torch.arange(8, device=DEVICE) % 5) for scale in (6, 0.01)]
     ),
     "the mean's entropy": Coupled(with_entropy, [(X, CLASSES)], dtype=torch.float32),
     "a small penalty on a sum": Coupled(with_a_sum, [(MANY, THEIRS)], dtype=torch.float32),
