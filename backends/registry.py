@@ -8,7 +8,8 @@ import dataclasses
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Generic, TypeVar, get_origin
+from types import SimpleNamespace
+from typing import Any, Generic, TypeVar, get_origin, get_type_hints
 
 from pydantic import ConfigDict, Field, ValidationError, create_model
 
@@ -40,10 +41,22 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> str:
 
 
 def options_of(thing: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """Return the options of a registered thing: dataclass fields, or a function's keyword-only parameters."""
-    parameters = inspect.signature(thing, eval_str=True).parameters
+    """Return the options of a registered thing: dataclass fields, or a function's keyword-only parameters.
+
+    Raises:
+        NameError: An annotation that is text names nothing. Only those of options are looked at: others may be for
+            type checkers alone.
+    """
     everything = dataclasses.is_dataclass(thing)
-    return {name: p for name, p in parameters.items() if everything or p.kind is inspect.Parameter.KEYWORD_ONLY}
+    found = {
+        name: p
+        for name, p in inspect.signature(thing).parameters.items()
+        if everything or p.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    there = getattr(thing.__init__ if inspect.isclass(thing) else inspect.unwrap(thing), "__globals__", {})
+    texts = SimpleNamespace(__annotations__={name: p.annotation for name, p in found.items()})
+    types = get_type_hints(texts, there, include_extras=True)
+    return {name: p.replace(annotation=types[name]) for name, p in found.items()}
 
 
 def check_options(kind: str, name: str, thing: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,6 +149,12 @@ class Registry(Generic[T]):
         known = self._entries.get(name)
         if known is not None and _place(known) != _place(thing):
             raise ValueError(f"two {self.kind}s are named '{name}': {_place(known)} and {_place(thing)}")
+        try:
+            options_of(thing)
+        except NameError as error:
+            raise NameError(
+                f"the type of an option of {self.kind} '{name}': {error}; type checkers may do without, options may not"
+            ) from None
         self._entries[name] = thing
         return thing
 

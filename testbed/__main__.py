@@ -1,73 +1,18 @@
-"""The command line: `python -m testbed EXPERIMENT.yaml`, or one of the subcommands in `testbed/commands/`."""
+"""`python -m testbed …`: the command line, from its first moment on."""
 
-import errno
-import importlib
-import io
-import os
 import sys
-import traceback
 from collections.abc import Sequence
-
-from testbed.config.yaml_source import ConfigError
-from testbed.problems import ProblemError
-from testbed.processes.shield import stoppable
-from testbed.records import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, CannotWrite
-
-CANNOT_WRITE = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EEXIST,
-    errno.ENOTDIR,
-    errno.EISDIR,
-)
-COMMANDS = (  # all else is an experiment to run
-    "calibrate",
-    "compare",
-    "conformance",
-    "doctor",
-    "frontier",
-    "list",
-    "precision",
-    "report",
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without "×" gets its code, not an exception
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    subcommand = bool(arguments) and arguments[0] in COMMANDS
-    command = importlib.import_module(f"testbed.commands.{arguments[0] if subcommand else 'run'}")
     try:
-        with stoppable():
-            code: int = command.main(arguments[1:] if subcommand else arguments)
-        sys.stdout.flush()
-        return code
-    except (ConfigError, ProblemError) as error:
-        print(f"testbed: error: {error}", file=sys.stderr)
-        return EXIT_USAGE
-    except CannotWrite as error:
-        print(f"testbed: error: {error}", file=sys.stderr)
-        return EXIT_FAILED
+        from testbed import command_line  # PyTorch takes a second or two, in which somebody may press Ctrl-C
+
+        return command_line.main(arguments)
     except KeyboardInterrupt:
         print("testbed: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:  # whoever read the output has enough, as in `… list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
-        return EXIT_INTERRUPTED
-    except (
-        Exception
-    ) as error:  # a fault of the program or of a plug-in; Python's own exit code 1 would say "a backend is wrong"
-        if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
-            print(f"testbed: error: {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        else:
-            traceback.print_exc()
-        return EXIT_FAILED
+        return 130  # as `EXIT_INTERRUPTED`, which may not be there yet
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from rich.table import Table
 from testbed.agreement import Calibrated
 from testbed.calibrate import DRAWS, FACTORS, PLANTED, SIZES, Tally
 
+FILE = "calibration.json"
+
 
 def show(tallies: Sequence[Tally], console: Console) -> None:
     """Print false alarms and smallest caught errors at the rule's defaults, then alarms for other factors and draws."""
@@ -47,9 +49,8 @@ def save(tallies: Sequence[Tally], folder: Path) -> None:
     mpl.use("Agg")  # no screen is needed
     from matplotlib import pyplot as plt  # a second to import, and only pictures need it
 
-    folder.mkdir(parents=True, exist_ok=True)
     data = json.dumps([t.plain() for t in tallies], indent=1).replace("Infinity", '"never"')
-    (folder / "calibration.json").write_text(data + "\n", encoding="utf-8")
+    (folder / FILE).write_text(data + "\n", encoding="utf-8")
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for i, t in enumerate(tallies):
         name, style = f"{_dtype(t)}, {_weights(t)}", ("-", "--")[t.trained]

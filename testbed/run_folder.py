@@ -33,12 +33,13 @@ class RunFolder:
     lock: FileLock = field(repr=False, compare=False)
 
     @classmethod
-    def create(cls, path: Path, holds: str = RESULTS) -> Self:
+    def create(cls, path: Path, holds: str = RESULTS, *, go_on: str = "") -> Self:
         """Make the folder.
 
         Args:
             path: Where.
             holds: The file that will hold its records.
+            go_on: The option that goes on with a run that is there, where the command has one.
 
         Raises:
             ConfigError: It cannot be made, or holds another run.
@@ -47,9 +48,9 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             lock = _locked(path, "--out")
             (path / holds).touch()
-            for file in path.glob("*.jsonl"):
+            for file in {path / holds, *path.glob("*.jsonl")}:
                 if file.stat().st_size:  # a run that ended before its first record may be repeated here
-                    resume = ", or go on with --resume" if file.name == holds == RESULTS else ""
+                    resume = f", or go on with {go_on}" if go_on and file.name == holds else ""
                     raise ConfigError(f"--out {path}: holds a run already; give another folder{resume}")
         except OSError as error:
             raise ConfigError(f"--out {path}: cannot be made: {error.strerror}") from None
@@ -66,8 +67,10 @@ class RunFolder:
             raise ConfigError(f"--resume {path}: holds no run (no results.jsonl)")
         return cls(path, _locked(path, "--resume"))
 
-    def keep(self, wanted: Container[str], limits: dict[str, Any], *, retry_failed: bool = False) -> list[Record]:
-        """Keep the records that are wanted, and return them; the others go to `superseded.jsonl`.
+    def keep(
+        self, wanted: Container[str], limits: dict[str, Any], *, retry_failed: bool = False
+    ) -> tuple[list[Record], int]:
+        """Keep the records that are wanted; return them, and how many others went to `superseded.jsonl`.
 
         Args:
             wanted: The identities of the cells to run: a record of other code, another configuration or another
@@ -94,7 +97,7 @@ class RunFolder:
         kept = list({record.cell: record for record in records if stands(record)}.values())
         dropped = [record for record in records if not stands(record)]
         RecordFile(file).replace(kept, dropped, self.path / "superseded.jsonl")
-        return kept
+        return kept, len(dropped)
 
     def describe(self, experiment: Experiment | None, device: torch.device) -> None:
         """Write what is run, and where; what a command runs without an experiment is in its records."""

@@ -43,7 +43,7 @@ def test_command_prints_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture[
     printed = capsys.readouterr().out
     assert code == 0
     assert "0 of" in printed
-    assert {p.name for p in tmp_path.iterdir()} == {"calibration.json", "calibration.png", "calibration.svg"}
+    assert {p.name for p in tmp_path.glob("c*")} == {"calibration.json", "calibration.png", "calibration.svg"}
     assert json.loads((tmp_path / "calibration.json").read_text())[0]["dtype"] == "float32"
 
 
@@ -79,6 +79,26 @@ def test_precision_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(["precision", str(experiment), "--dtype", "float32", "--out", str(tmp_path / "run")]) == 0
     assert "Norms by Gram" in capsys.readouterr().out
     assert (tmp_path / "run" / "precision.png").stat().st_size > 1000
+
+
+def test_precision_says_why_a_backend_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    experiment = tmp_path / "e.yaml"
+    experiment.write_text("model: transformer\ndata: {tokens: {length: 3}}\nloss: nll\nbatch_size: 2\n")
+    chosen = ["--set", "backends=[backpack]", "--dtype", "float32", "--out", str(tmp_path / "run")]
+    assert main(["precision", str(experiment), *chosen]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "backpack in float32 refuses: parameter `blocks.0.norm1.weight`: BackPACK computes no" in said
+
+
+@pytest.mark.parametrize(("command", "file"), [("calibrate", "calibration.json"), ("precision", "precision.json")])
+def test_what_a_folder_holds_is_not_overwritten(
+    command: str, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / file).write_text("[1]")
+    experiment = ["experiments/digits.yaml"] if command == "precision" else []
+    assert main([command, *experiment, "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr() == ("", f"testbed: error: --out {tmp_path}: holds a run already; give another folder\n")
+    assert (tmp_path / file).read_text() == "[1]"
 
 
 def test_norms_by_gram_cancel_where_direct_ones_do_not() -> None:

@@ -52,6 +52,10 @@ BAD_PLUGINS = {
         "from testbed import register_model\n\n@register_model('mlp')\ndef mine(example):\n    ...\n",
         "3: ValueError: two models are named 'mlp': ",
     ),
+    "option whose type is for type checkers": (
+        PLUGIN.replace("    def grads", "    size: 'Sizes' = 1\n\n    def grads"),
+        "7: NameError: the type of an option of backend 'mine': name 'Sizes' is not defined",
+    ),
     "no backend": (
         "from backends.base import register\n\n@register('x')\nclass X: ...\n",
         "3: TypeError: backend 'x' must be a class derived from Backend",
@@ -187,6 +191,34 @@ class TestUserErrors:
 
     def test_file_that_is_not_there(self, call: Any, small: Path) -> None:
         assert message(call("smal.yaml")) == "smal.yaml: no such file; there are small.yaml"
+
+    @pytest.mark.parametrize(("word", "meant"), [("lsit", "list"), ("doctr", "doctor")])
+    def test_misspelt_command(self, call: Any, word: str, meant: str) -> None:
+        said = message(call(word))
+        assert said.startswith(f"unknown command '{word}' (did you mean '{meant}'?); available: calibrate, ")
+
+    @pytest.mark.parametrize(
+        ("command", "option"),
+        [
+            ("small.yaml", "--out"),
+            ("small.yaml", "--resume"),
+            ("small.yaml", "--only"),
+            ("frontier small.yaml", "--out"),
+            ("frontier small.yaml", "--only"),
+            ("conformance", "--out"),
+            ("conformance", "--backend"),
+            ("conformance", "--quantity"),
+            ("calibrate", "--model"),
+            ("precision small.yaml", "--dtype"),
+            ("report run", "--out"),
+        ],
+    )
+    def test_option_left_empty(self, call: Any, small: Path, command: str, option: str) -> None:
+        """A variable of a shell that is not set must not mean "all", or "here"."""
+        code, out, err = call(*command.split(), option, "")
+        assert (code, out) == (2, "")
+        assert re.search(f"error: argument {option}: should (be names|name a folder).*, found ''", err.splitlines()[-1])
+        assert list(small.parent.iterdir()) == [small]
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
     def test_cuda_without_a_gpu(self, call: Any, small: Path) -> None:
@@ -335,5 +367,8 @@ def test_a_folder_that_cannot_be_made_is_said_before_anything_is_measured(
     command: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
-    assert command_line.main([*command, "--out", str(tmp_path / "file" / "folder")]) == 3
-    assert capfd.readouterr() == ("", f"testbed: error: {tmp_path}/file/folder: Not a directory\n")
+    assert command_line.main([*command, "--out", str(tmp_path / "file" / "folder")]) == 2
+    assert capfd.readouterr() == (
+        "",
+        f"testbed: error: --out {tmp_path}/file/folder: cannot be made: Not a directory\n",
+    )

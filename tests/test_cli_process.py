@@ -22,6 +22,16 @@ FIELDS = """cell experiment problem backend options quantity status reason agree
     environment"""
 TIMING = {"median_s", "p5_s", "p95_s", "samples_s", "ratio", "ratio_ci", "verdict"}
 OF_THE_CALLER = ("FORCE_COLOR", "NO_COLOR", "COLUMNS", "TERM", "PYTHONUNBUFFERED")  # would change what is tested
+INTERRUPTING = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder)
+"""  # somebody presses Ctrl-C in that moment
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in OF_THE_CALLER}
 
 
@@ -94,6 +104,11 @@ class TestProcess:
 
     def test_user_error(self, tmp_path: Path) -> None:
         assert message(end(start(tmp_path / "x.yaml"))).startswith(f"{tmp_path / 'x.yaml'}: no such file")
+
+    def test_interrupt_while_libraries_are_imported(self, tmp_path: Path) -> None:
+        (tmp_path / "sitecustomize.py").write_text(INTERRUPTING, encoding="utf-8")
+        ended = end(start("list", env={**ENVIRONMENT, "PYTHONPATH": str(tmp_path)}))
+        assert ended == (130, "", "testbed: interrupted\n")
 
     def test_reader_that_has_enough_ends_it_quietly(self) -> None:
         with start("list", "models") as process:

@@ -156,7 +156,6 @@ def test_all_quantities_are_one_line_where_they_are_alike(command: Any) -> None:
         (("--backend", "vmpa"), "unknown backend 'vmpa' (did you mean 'vmap'?); available: "),
         (("--layer", "Conv2"), "unknown layer 'Conv2' (did you mean 'Conv2d'?); available: "),
         (("--quantity", "norm"), "unknown quantity 'norm' (did you mean 'norms'?); available: "),
-        (("--quantity", ""), "unknown quantity ''; available: "),
         (("--plugin", "nowhere.py"), "nowhere.py: FileNotFoundError: no plugin file nowhere.py"),
         (("--write-table", "nowhere.md"), "--write-table nowhere.md: cannot be read"),
         (("--write-table", PLANTED), "it has no <!-- capabilities --> to write after"),

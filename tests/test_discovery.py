@@ -169,12 +169,16 @@ def test_the_readmes_example_runs_as_it_stands(tmp_path: Path) -> None:
 
 def test_a_plugin_registers_models_data_and_losses_too(tmp_path: Path) -> None:
     (tmp_path / "my_model.py").write_text("""
+from __future__ import annotations
+from typing import TYPE_CHECKING
 import torch
 from testbed import register_data, register_loss, register_model
 from testbed.problems import Samples
+if TYPE_CHECKING:
+    from torch.nn import Module
 
 @register_model("my_model")
-def my_model(example, *, width: int = 4):
+def my_model(example: Samples, *, width: int = 4) -> Module:
     return torch.nn.Sequential(torch.nn.Linear(3, width), torch.nn.Tanh(), torch.nn.Linear(width, example.outputs))
 
 @register_data("my_data")

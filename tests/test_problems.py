@@ -214,6 +214,10 @@ def test_offline_says_what_was_tried_and_what_to_use(
             "made with {'width': 6}: ValueError: num_channels",
         ),
         ({"model": "transformer", "data": "tokens", "data_options": {"vocabulary": 999}}, "has vocabulary=100"),
+        (
+            {"model": "transformer", "data": "tokens", "model_options": {"width": 33}},
+            "'transformer': width should be a multiple of heads=4 and of 2, found 33",
+        ),
         ({"model": "alexnet", "data": "digits"}, "takes images .* of 63×63 pixels or more, the data has 1×28×28"),
         ({"model": "cifar_cnn", "data_options": {"shape": (9,)}}, "takes images .*, the data has 9"),
         ({"model": "vit", "data_options": {"shape": (1, 32, 32)}}, "patch=16, the data has 1×32×32"),

@@ -162,10 +162,12 @@ class TestResume:
         edit(quick, lambda r: dataclasses.replace(r, status="interrupted") if r.quantity == "norms" else r)
         assert sorted(again(quick)) == [("mine", "norms"), ("naive", "norms"), ("vmap", "norms")]
 
-    def test_a_backend_whose_code_changed_is_run_again(self, quick: Path) -> None:
+    def test_a_backend_whose_code_changed_is_run_again(self, quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (quick / "mine.py").write_text(MINE + "\n# changed\n", encoding="utf-8")
         assert again(quick) == [("mine", "norms"), ("mine", "grads")]
         assert [r.label for r in read_records(quick / "run" / "superseded.jsonl")] == ["mine", "mine"]
+        told = "resumed: 4 of 6 cells have their record; 2 other records went to superseded.jsonl\n"
+        assert told in capsys.readouterr().out
 
     @pytest.mark.parametrize("what", ["source", "machine", "processor", "threads", "commit"])
     def test_other_code_or_another_machine_runs_everything_again(
@@ -199,6 +201,13 @@ class TestResume:
     def test_a_folder_without_a_run(self, quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert run(quick, "--resume", str(quick)) == 2
         assert "no such file" in capsys.readouterr().err
+
+    def test_a_plugin_that_is_left_out(self, quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        with kept_registries():
+            assert main(["--resume", str(quick / "run")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "unknown backend 'mine'; available: " in line
+        assert line.endswith("; what was run with --plugin FILE is resumed with it")
 
     @pytest.mark.parametrize("arguments", [[], ["--resume", "x", "--out", "y"], ["e.yaml", "--retry-failed"]])
     def test_usage(self, quick: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

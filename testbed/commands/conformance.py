@@ -9,6 +9,7 @@ import torch
 
 from backends.base import QUANTITIES
 from backends.registry import UnknownName
+from testbed.commands.arguments import directory, names
 from testbed.commands.plugins import add_plugin, load_plugins
 from testbed.config.experiment import resolve_device
 from testbed.config.yaml_source import ConfigError
@@ -43,7 +44,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--backend",
         metavar="NAME,...",
-        default="",
+        type=names,
+        default=[],
         help="only these: a name for all of its variants, or one variant as the matrix calls it",
     )
     parser.add_argument(
@@ -52,12 +54,15 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--quantity",
         metavar="NAME,...",
-        default="grads",
+        type=names,
+        default=["grads"],
         help=f"of {', '.join(QUANTITIES)}, or all (default: grads, from which the built-in backends derive the others)",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--unguarded", action="store_true", help="judge what the raw libraries would return instead")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="the run folder (default: runs/conformance-<time>)")
+    parser.add_argument(
+        "--out", metavar="DIR", type=directory, help="the run folder (default: runs/conformance-<time>)"
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="list every refusal with its reason")
     parser.add_argument(
         "--write-table", metavar="FILE", type=Path, help="run all of grads, and put the capability table into a file"
@@ -70,8 +75,8 @@ def main(arguments: Sequence[str]) -> int:
     device = resolve_device(options.device)
     try:
         cases = choose_cases(options.layer)
-        quantities = QUANTITIES if options.quantity == "all" else _names(options.quantity)
-        cells = choose_cells(_names(options.backend), quantities)
+        quantities = QUANTITIES if options.quantity == ["all"] else options.quantity
+        cells = choose_cells(options.backend, quantities)
     except UnknownName as error:
         raise ConfigError(str(error)) from None
 
@@ -119,7 +124,3 @@ def _text_of(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--write-table {file}: cannot be read: {error.strerror}") from None
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from backends.base import first_line
 from testbed.api import isolated
+from testbed.commands.arguments import directory, names
 from testbed.commands.plugins import add_plugin, load_plugins
 from testbed.config.experiment import resolve_device
 from testbed.config.load import load_experiment
@@ -57,11 +58,13 @@ def main(arguments: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("experiment", metavar="EXPERIMENT.yaml", type=Path, help="what to look at")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="default: runs/frontier-<name>-<time>")
+    parser.add_argument("--out", metavar="DIR", type=directory, help="default: runs/frontier-<name>-<time>")
     parser.add_argument("--most", metavar="N", type=int, default=ROOM, help="the largest batch to try (%(default)s)")
     parser.add_argument("--start", metavar="N", type=int, default=1, help="the first batch to try (%(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="instead of the experiment's")
-    parser.add_argument("--only", metavar="NAME,...", default="", help="only these backends of the experiment")
+    parser.add_argument(
+        "--only", metavar="NAME,...", type=names, default=[], help="only these backends of the experiment"
+    )
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="replace a part of it")
     add_plugin(parser)
     options = parser.parse_args(arguments)
@@ -70,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigError(f"--start and --most: should be 1 ≤ start ≤ most, {found}")
     load_plugins(options.plugin)
     chosen = [*options.set, *([f"device={options.device}"] if options.device else [])]
-    experiment = load_experiment(options.experiment, chosen, [n for n in options.only.split(",") if n])
+    experiment = load_experiment(options.experiment, chosen, options.only)
     device, name = resolve_device(experiment.device), options.experiment.stem
     isolation = on_device(isolated(experiment, options.plugin), device)
     folder = RunFolder.create(options.out or Path("runs") / f"frontier-{name}-{time.strftime('%Y%m%d-%H%M%S')}", FILE)

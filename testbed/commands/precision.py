@@ -13,8 +13,10 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from testbed.api import problem_of, set_precision
+from testbed.commands.arguments import directory, names
 from testbed.commands.plugins import add_plugin, load_plugins
 from testbed.config.experiment import resolve_device
 from testbed.config.load import load_experiment
@@ -22,7 +24,9 @@ from testbed.config.yaml_source import ConfigError
 from testbed.precision import Cancellation, Errors, cancellation, measure
 from testbed.progress import progress
 from testbed.records import EXIT_OK, EXIT_WRONG
+from testbed.run_folder import RunFolder
 
+FILE = "precision.json"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -33,15 +37,16 @@ def main(arguments: Sequence[str]) -> int:
         description="Show how far every backend is from the float64 truth, sample by sample, in several dtypes.",
     )
     parser.add_argument("experiment", metavar="EXPERIMENT.yaml", help="whose problem to take")
-    parser.add_argument("--dtype", default="float32,bfloat16", metavar="NAME,...", help="default: %(default)s")
+    parser.add_argument(
+        "--dtype", type=names, default="float32,bfloat16", metavar="NAME,...", help="default: %(default)s"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="instead of the experiment's")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="replace a part of it")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/precision-<time>")
+    parser.add_argument("--out", type=directory, metavar="DIR", help="default: runs/precision-<time>")
     add_plugin(parser)
     options = parser.parse_args(arguments)
     load_plugins(options.plugin)
-    dtypes = [name.strip() for name in options.dtype.split(",") if name.strip()]
-    for name in dtypes:
+    for name in options.dtype:
         if name not in DTYPES:
             raise ConfigError(f"--dtype: unknown dtype '{name}'; available: {', '.join(DTYPES)}")
     chosen = [*options.set, *([f"device={options.device}"] if options.device else [])]
@@ -52,20 +57,20 @@ def main(arguments: Sequence[str]) -> int:
     (problem,) = experiment.problems
     set_precision(problem)
     device = resolve_device(experiment.device)
-    folder = options.out or Path("runs") / f"precision-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder.mkdir(parents=True, exist_ok=True)  # what cannot be kept need not be measured
-    lost, found = [cancellation(getattr(torch, name)) for name in dtypes], list[Errors]()
+    out = options.out or Path("runs") / f"precision-{time.strftime('%Y%m%d-%H%M%S')}"
+    kept = RunFolder.create(out, FILE)  # what cannot be kept need not be measured
+    lost, found = [cancellation(getattr(torch, name)) for name in options.dtype], list[Errors]()
     try:
         with progress() as shown, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # libraries warn of speed here, which is not measured
             shown.begin("precision", 0)
             chosen_backends = [(c.name, c.options) for c in experiment.backends or ()]
-            measure(problem_of(problem, device), dtypes, chosen_backends or None, shown.step, found)
+            measure(problem_of(problem, device), options.dtype, chosen_backends or None, shown.step, found)
     finally:  # Ctrl-C loses the backend that is being measured
         if found:
             _show(found, lost, Console())
-            _save(found, lost, folder)
-            print(f"data and picture in {folder}")
+            _save(found, lost, kept.path)
+            print(f"data and picture in {kept.path}")
     return EXIT_OK if all(e.agrees for e in found) else EXIT_WRONG
 
 
@@ -84,8 +89,9 @@ def _show(found: Sequence[Errors], lost: Sequence[Cancellation], console: Consol
     console.print("Error of a sample's gradient, relative to its norm, over the samples of the batch:")
     console.print(grid)
     for e in found:
-        if not e.agrees:
-            console.print(f"{e.backend} in {e.dtype} disagrees: {e.reason}")
+        if e.reason:
+            does = "disagrees" if not e.agrees else "refuses"
+            console.print(Text(f"{e.backend} in {e.dtype} {does}: {e.reason}"))
     console.print("\nNorms by Gram, where activations are nearly constant over 1024 positions:")
     for c in lost:
         negative = f"; {c.negative} of 16 squared norms come out negative" if c.negative else ""
@@ -99,7 +105,7 @@ def _save(found: Sequence[Errors], lost: Sequence[Cancellation], folder: Path) -
     from matplotlib import pyplot as plt  # a second to import, and only pictures need it
 
     data = {"errors": [asdict(e) for e in found], "cancellation": [asdict(c) for c in lost]}
-    (folder / "precision.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    (folder / FILE).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     shown = [e for e in found if e.relative]
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.35 * len(shown)), layout="constrained")
     for row, e in enumerate(reversed(shown)):

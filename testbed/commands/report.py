@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from testbed.commands.arguments import directory
 from testbed.config.yaml_source import ConfigError
 from testbed.records import EXIT_OK
 from testbed.report.export import FORMATS
@@ -27,7 +28,9 @@ def main(arguments: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", metavar="DIR", nargs="+", type=Path, help="a run's folder, or its results.jsonl")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="where to (default: the run's folder; several: runs/…)")
+    parser.add_argument(
+        "--out", metavar="DIR", type=directory, help="where to (default: the run's folder; several: runs/…)"
+    )
     parser.add_argument("--format", choices=FORMATS, help="print the table instead")
     options = parser.parse_args(arguments)
     runs = load_runs(options.runs)

@@ -12,6 +12,7 @@ from rich.console import Console
 
 import testbed
 from testbed.api import about_problem, identities, isolated, run_experiment, set_precision
+from testbed.commands.arguments import directory, names
 from testbed.commands.plugins import add_plugin, load_plugins
 from testbed.config.experiment import Experiment, resolve_device
 from testbed.config.load import load_experiment
@@ -59,10 +60,16 @@ def main(arguments: Sequence[str]) -> int:
         "experiments", metavar="EXPERIMENT.yaml", nargs="*", type=Path, help="what to run; see experiments/README.md"
     )
     parser.add_argument(
-        "--out", metavar="DIR", type=Path, help="the run folder (default: runs/<name>-<time>); of several, DIR/<name>"
+        "--out",
+        metavar="DIR",
+        type=directory,
+        help="the run folder (default: runs/<name>-<time>); of several, DIR/<name>",
     )
     parser.add_argument(
-        "--resume", metavar="DIR", type=Path, help="go on with the run in this folder: run what has no valid record"
+        "--resume",
+        metavar="DIR",
+        type=directory,
+        help="go on with the run in this folder: run what has no valid record",
     )
     parser.add_argument("--retry-failed", action="store_true", help="with --resume: run again what has failed, too")
     parser.add_argument(
@@ -70,7 +77,9 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="instead of the experiment's")
     add_plugin(parser)
-    parser.add_argument("--only", metavar="NAME,...", default="", help="only these backends of the experiment")
+    parser.add_argument(
+        "--only", metavar="NAME,...", type=names, default=[], help="only these backends of the experiment"
+    )
     parser.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="replace a part of the experiment (repeatable)"
     )
@@ -93,8 +102,12 @@ def main(arguments: Sequence[str]) -> int:
     if len(twice := [file for file in files if [f.stem for f in files].count(file.stem) > 1]) > 1:
         raise ConfigError(f"{twice[1]}: '{twice[1].stem}' is the name of {twice[0]} too; run them one at a time")
     chosen = [*options.set, *([f"device={options.device}"] if options.device else [])]
-    only = [name for name in options.only.split(",") if name]
-    loaded = [(file.stem, load_experiment(file, chosen, only)) for file in files]  # a mistake costs no run
+    try:
+        loaded = [(file.stem, load_experiment(file, chosen, options.only)) for file in files]  # a mistake costs no run
+    except ConfigError as error:
+        if options.resume and not (options.plugin or options.experiments):  # the folder's own file was right once
+            raise ConfigError(f"{error}; what was run with --plugin FILE is resumed with it") from None
+        raise
     codes = {EXIT_OK}
     for count, (name, experiment) in enumerate(loaded, 1):
         if len(loaded) > 1:
@@ -119,21 +132,23 @@ def _run(name: str, experiment: Experiment, options: argparse.Namespace, *, seve
     isolation = None if options.in_process else isolated(experiment, options.plugin)
     kept: list[Record] = []
     wanted: list[str] = []
+    dropped = 0
     if options.resume:
         folder = RunFolder.resume(options.resume)
         wanted = identities(experiment, device, isolation)
-        kept = folder.keep(wanted, experiment.limits.model_dump(), retry_failed=options.retry_failed)
+        kept, dropped = folder.keep(wanted, experiment.limits.model_dump(), retry_failed=options.retry_failed)
         name = kept[0].experiment if kept else name
     else:
         out = options.out / name if options.out and several else options.out
-        folder = RunFolder.create(out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        folder = RunFolder.create(out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}", go_on="--resume")
     set_precision(experiment.problems[0])
     folder.describe(experiment, device)
     auto = " (auto)" if experiment.device == "auto" else ""
     print(f"{name}: {experiment.description.strip() or 'no description'}\ndevice: {device}{auto}")
     print(f"{_extent(experiment)}\n" if len(experiment.problems) > 1 or experiment.exclude else "", flush=True)
     if options.resume:
-        print(f"resumed: {len(kept)} of {len(wanted)} cells have their record\n", flush=True)
+        aside = f"; {_count(dropped, 'other record')} went to superseded.jsonl" if dropped else ""
+        print(f"resumed: {len(kept)} of {len(wanted)} cells have their record{aside}\n", flush=True)
     records = list(kept)
 
     shown = progress()

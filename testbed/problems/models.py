@@ -135,4 +135,6 @@ def transformer(
         depth: Blocks.
     """
     length = tokens("transformer", example, vocabulary).shape[1]
+    if width % heads or width % 2:
+        raise ProblemError(f"model 'transformer': width should be a multiple of heads={heads} and of 2, found {width}")
     return Transformer(vocabulary, length, example.outputs, width, heads, depth)
