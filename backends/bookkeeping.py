@@ -10,8 +10,8 @@ Parameters in ops without a rule are differentiated sample by sample in the same
 Norms and clipped sums take at most 1.3 times the memory of an ordinary step, or 64 MiB: where a batch would take more,
 it is run in parts (`ops/parts.py`), unless it is compiled.
 
-It cannot be fast where samples must be run one at a time, as for data-dependent control flow, `.item()`, samples that
-update buffers in place, checkpoints. Random ops draw for each sample, as they do in a batch.
+It cannot be fast where samples must be run one at a time, as for most control flow by values, samples that update
+buffers in place, checkpoints. Random ops draw for each sample, as they do in a batch.
 """
 
 from collections.abc import Callable, Mapping
@@ -48,6 +48,7 @@ from backends.ops.passes import Passes, Way
 from backends.ops.persample import Dense, PerSample, fresh
 from backends.ops.several import Together
 from backends.ops.traced import Compiled
+from backends.ops.ways import Ways
 from backends.running import kept_random_state, library_call
 
 R = TypeVar("R", Tensor, Named)
@@ -146,13 +147,13 @@ class Bookkeeping(Backend):
         passes, each = self._passes(model, loss_fn), _or_small(lambda g: g.gram(), without_float16)
         return self._built(model, passes, each, lambda found: Together(found).gram())
 
-    def _passes(self, model: nn.Module, loss_fn: LossFn) -> Passes:
-        return Passes(own_copy(model), loss_fn)
+    def _passes(self, model: nn.Module, loss_fn: LossFn) -> Ways:
+        return Ways(Passes(own_copy(model), loss_fn))
 
     def _built(
         self,
         model: nn.Module,
-        passes: Passes,
+        passes: Ways,
         each: Callable[[str, PerSample], T],
         combine: Callable[[dict[str, T]], R],
         merge: Callable[[list[R]], R] | None = None,
@@ -168,7 +169,7 @@ class Bookkeeping(Backend):
             merge: The results of parts of a batch -> that of the batch, if there is a way.
         """
         keep_freed()
-        own, loss_fn = passes.model, passes.loss_fn
+        own, loss_fn = passes.of.model, passes.of.loss_fn
         dtypes = {name: p.dtype for name, p in trainable(model).items()}
         device = next((p.device for p in trainable(model).values()), torch.device("cpu"))
 
@@ -186,7 +187,7 @@ class Bookkeeping(Backend):
         whole = Compiled(passes, passed_by) if self.compile else passed
         what = f"{combine.__name__} of {type(model).__name__}"
         wanted: Kernels = "none" if not self.triton else "all" if self.unchecked_kernels else "checked"
-        parts = merge and not self.compile and InParts(whole, passes.plain, merge, what)
+        parts = merge and not self.compile and InParts(whole, passes.of.plain, merge, what)
 
         def fn(inputs: Batch, targets: Tensor) -> R:
             inputs, targets = detached(inputs), detached(targets)
@@ -222,7 +223,7 @@ class _Keep:
     would.
     """
 
-    def __init__(self, pool: Pool, passes: Passes) -> None:
+    def __init__(self, pool: Pool, passes: Ways) -> None:
         self.pool, self.passes = pool, passes
 
     def __call__(self, name: str, g: PerSample) -> tuple[PerSample, Part]:

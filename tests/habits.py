@@ -7,13 +7,15 @@ from torch import Tensor, nn
 
 from backends import get_backend
 from backends.base import own_copy
+from backends.batch import Batch
 from backends.ops.passes import Passes
 from backends.ops.persample import PerSample
+from backends.ops.ways import Ways
 from tests.asserts import assert_close
 from tests.cases import DEVICE, Functional, linear, squares
 
 
-def assert_right(model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
+def assert_right(model: nn.Module, inputs: Batch, targets: Tensor) -> None:
     """Hold the backend's gradients and norms against the loop's."""
     for quantity in ("grads", "norms"):
         ours, loop = (getattr(get_backend(name), quantity)(model, squares) for name in ("bookkeeping", "naive"))
@@ -29,15 +31,15 @@ def differentiated_directly(model: nn.Module, inputs: Tensor, targets: Tensor) -
     passes, found = Passes(own_copy(model), squares), []
     backward = passes._backward
     passes._backward = lambda *args: found.append(backward(*args)) or found[-1]  # type: ignore[func-returns-value, method-assign]
-    passes.under_vmap(with_rules=True).run(inputs, targets, itself)
+    passes.under_vmap(True).run(inputs, targets, itself)
     return set(found[-1][0])
 
 
 def way_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> str:
     """Return how the passes are run."""
-    passes = Passes(own_copy(model), squares)
+    passes = Ways(Passes(own_copy(model), squares))
     passes(inputs, targets, itself)
-    ((way, *_),) = passes.ways.values()
+    ((way, *_),) = passes.known.values()
     return way.name
 
 

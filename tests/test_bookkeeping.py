@@ -26,6 +26,18 @@ OPS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[tuple[int, ..
     "matmul": (torch.matmul, (3, 5), ((5, 4),)),
     "matmul with @": (lambda x, w: x @ w, (5,), ((5, 4),)),
     "matmul by the other side": (lambda x, w: w @ x.mT, (3, 5), ((4, 5),)),
+    "mul": (lambda x, w: x * w, (3, 5), ((5,),)),
+    "mul, the parameter first": (lambda x, w: w * x, (3, 5), ((5,),)),
+    "mul, channels": (lambda x, w: torch.mul(x, w), (4, 3, 3), ((4, 1, 1),)),
+    "mul, a number": (lambda x, w: w * x, (3, 5), ((),)),
+    "mul, [1, ...]": (lambda x, w: w * x, (3, 5), ((1, 5),)),
+    "mul, other samples behind": (lambda x, w: (x.movedim(0, -1) * w).movedim(-1, 0), (3, 5), ((5, 1),)),
+    "mul, of itself": (lambda x, w: x * (w * w), (3, 5), ((5,),)),
+    "mul, by a number": (lambda x, w: x * (2 * w), (3, 5), ((5,),)),
+    "mul, of more axes": (lambda x, w: x[..., None, :] * w, (5,), ((3, 4, 5),)),
+    "add": (lambda x, w: x.sin() + w, (3, 5), ((5,),)),
+    "add, the parameter first": (lambda x, w: w + x.sin(), (3, 5), ((3, 5),)),
+    "add, scaled": (lambda x, w: torch.add(x.sin(), w, alpha=2), (3, 5), ((5,),)),
     "addmm": (lambda x, w, b: torch.addmm(b, x[:, 0], w), (1, 5), ((5, 4), (4,))),
     "addmm, scaled": (lambda x, w, b: torch.addmm(b, x[:, 0], w, alpha=2), (1, 5), ((5, 4), (4,))),
     "conv2d, several images a sample": (lambda x, w, b: F.conv2d(x[0], w, b), (3, 2, 5, 5), ((4, 2, 3, 3), (4,))),
@@ -49,10 +61,22 @@ OPS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[tuple[int, ..
 }
 
 
-WITHOUT_A_RULE = {"linear, a vector as weight", "matmul by the other side", "addmm, scaled"}
+WITHOUT_A_RULE = {
+    "linear, a vector as weight",
+    "matmul by the other side",
+    "addmm, scaled",
+    "mul, of itself",
+    "mul, by a number",
+    "mul, of more axes",
+    "add, scaled",
+}
 
 
-UNDER_VMAP = {*WITHOUT_A_RULE, "conv2d, several images a sample"}  # that function takes one sample apart
+UNDER_VMAP = {
+    *WITHOUT_A_RULE,
+    "conv2d, several images a sample",  # that function takes one sample apart
+    "mul, other samples behind",  # samples are on an axis that the parameter has too
+}
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")

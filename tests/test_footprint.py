@@ -19,6 +19,7 @@ from backends.ops.parts import InParts
 from backends.ops.passes import Passes
 from backends.ops.persample import Dense
 from backends.ops.several import Sum
+from backends.ops.ways import Ways
 from tests.asserts import assert_close
 from tests.cases import DEVICE, Functional, linear, real, squares
 
@@ -65,7 +66,7 @@ def test_what_a_process_keeps_anyway_may_be_held() -> None:
 
 def test_passes_know_the_footprint_of_each_form() -> None:
     model = nn.Sequential(linear(5, 5), nn.Tanh(), linear(5, 5)).to(DEVICE, torch.float64)
-    passes = Passes(own_copy(model), squares)
+    passes = Ways(Passes(own_copy(model), squares))
     for length in (2, 3):
         passes(real(6, length, 5), real(6), lambda name, g: 0)
         assert passes.footprint.step == 8 * (5 * length + 5 * length), "what tanh returns, and what is squared"

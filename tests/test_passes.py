@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from backends import get_backend
 from backends.base import QUANTITIES, own_copy
 from backends.ops.passes import Passes
+from backends.ops.ways import Ways
 from backends.running import kept_buffers
 from tests.asserts import assert_close
 from tests.cases import DEVICE, Functional, N, linear, real, squares
@@ -70,7 +71,7 @@ def test_recurrent_layers_are_not_asked_to_put_copies_of_weights_together(monkey
     model = Functional(lambda s, x: s.r(x)[0], r=nn.LSTM(5, 4)).to(DEVICE, torch.float64)
     monkeypatch.setattr(nn.RNNBase, "flatten_parameters", lambda self: self.weight_ih_l0.data_ptr())  # as on CUDA
     passes = Passes(model, squares)
-    passes.under_vmap(with_rules=True).run(real(N, 3, 5), real(N), lambda name, g: g)
+    passes.under_vmap(True).run(real(N, 3, 5), real(N), lambda name, g: g)
     assert "flatten_parameters" not in vars(model.r)
 
 
@@ -92,7 +93,8 @@ LAYOUTS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], bool]] = {
     "samples in another order": (lambda s, x: s.a(x.flip(0)).sin().flip(0), False),
     "samples sorted": (lambda s, x: s.a(x[x[:, 0, 0].argsort()]).sin(), False),
     "samples that see each other": (lambda s, x: s.a(x - x.mean(0)).sin(), False),
-    "random": (lambda s, x: s.a(x).sin() + 0 * s.b(F.dropout(x)), False),
+    "dropout": (lambda s, x: s.a(x).sin() + 0 * F.dropout(x), True),
+    "other random numbers": (lambda s, x: s.a(x).sin() + 0 * torch.rand_like(x), False),
     "a little of another sample": (lambda s, x: s.a(x).sin() + 1e-4 * s.a(x.flip(0).cos()).flip(0), False),
     "the largest of all samples": (lambda s, x: s.a(x / x.abs().amax().clamp(min=9.0)).sin(), False),
 }
@@ -230,7 +232,7 @@ def test_vectors_in_any_order_are_multiplied_as_one_matrix(product: Callable[[nn
 
     model = Functional(lambda s, x: product(s.a, x.transpose(0, 1)).sin().transpose(0, 1), a=linear(5, 5))
     model = model.to(DEVICE, torch.float64)
-    passes, inputs, targets = Passes(own_copy(model), squares), real(N, 7, 5), real(N)
+    passes, inputs, targets = Ways(Passes(own_copy(model), squares)), real(N, 7, 5), real(N)
     assert passes.way(inputs, targets).name == "over the batch"
     with Products() as products:
         passes(inputs, targets, itself)
@@ -244,14 +246,14 @@ def test_a_batch_that_fails_leaves_the_cheapest_way_as_it_was() -> None:
     def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
         return squares(outputs, targets) / (None if broken else 1)  # type: ignore[operator]
 
-    passes = Passes(own_copy(model), loss_fn)
+    passes = Ways(Passes(own_copy(model), loss_fn))
     passes(real(6, 5), real(6), itself)
     broken = True
     with pytest.raises(TypeError):
         passes(real(6, 5), real(6), itself)
     broken = False
     passes(real(6, 5), real(6), itself)
-    ((way, *_),) = passes.ways.values()
+    ((way, *_),) = passes.known.values()
     assert way.name == "over the batch"
 
 
@@ -265,14 +267,14 @@ def test_what_samples_do_not_tell_is_not_asked_while_ops_are_recorded(
     fn, inputs, targets = getattr(get_backend("bookkeeping"), quantity)(model, squares), real(6, 5), real(6)
     inputs, targets = inputs.to(DEVICE), targets.to(DEVICE)
     before = fn(inputs, targets)
-    monkeypatch.setattr("backends.ops.passes.capturing", lambda like: True)
+    monkeypatch.setattr("backends.ops.ways.capturing", lambda like: True)
     monkeypatch.setattr("backends.ops.parts.capturing", lambda like: True)
-    monkeypatch.setattr("backends.ops.passes.looked", lambda *call: pytest.fail("it asks for values"))
+    monkeypatch.setattr("backends.ops.ways.looked", lambda *call: pytest.fail("it asks for values"))
     assert_close(fn(inputs, targets), before)
 
 
 def test_a_way_that_fails_has_kept_nothing() -> None:
-    passes = Passes(linear(5, 4).to(DEVICE, torch.float64), squares)
+    passes = Ways(Passes(linear(5, 4).to(DEVICE, torch.float64), squares))
     passes.extra = 1
     passes(real(3, 5).to(DEVICE), real(3).to(DEVICE), itself)
     assert passes.extra == 0

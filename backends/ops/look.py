@@ -2,11 +2,9 @@
 
 A pass over the batch shall be right for other samples too. So none of the few may change what another one shows, nor be
 put in an order by values; values may be asked for, or how many there are of something, only where vmap has answered,
-which knows whose they are; and at each place gradients must have told samples apart.
+which knows whose they are; nothing but dropout may be drawn; and at each place gradients must have told samples apart.
 """
 
-import pickle
-import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,21 +13,24 @@ from itertools import combinations
 from math import inf, isfinite
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from backends import precision
 from backends.base import Named
-from backends.batch import Batch, apply, call, size, take, tensors
+from backends.batch import Batch, apply, call, size, tensors
+from backends.ops.answers import NONE, Answers
+from backends.ops.draws import Draws, draws, draws_as_without_rules, truths
+from backends.ops.few import Sample, alone, copied, row
 from backends.ops.footprint import Footprint, pairs, saved
-from backends.ops.made_up import Kind, Sample, scaled, with_another
+from backends.ops.kinds import right_for_others, show, with_each_kind
+from backends.ops.made_up import Kind, scaled, with_another
 from backends.ops.near import COARSE, KINKS, KINKS_COARSELY, fingerprint, near, same
 from backends.ops.persample import PerSample
 from backends.ops.places import Layout
 from backends.ops.questions import Questions
 from backends.precision import rounding
-from backends.probe import some, some_targets
+from backends.probe import some, some_targets, spread
 from backends.running import kept_buffers, seeded
 from backends.shortage import lack_of_memory
 
@@ -66,25 +67,30 @@ class Looked(NamedTuple):
 
 
 @precision.without_tf32()  # which hides what a sample shows of others, as other coarse arithmetic does
-def looked(passes: "Passes", inputs: Batch, targets: Tensor) -> Looked:
-    """Return which ways are right, and what they hold."""
-    few = _few(inputs, targets)
+def looked(passes: "Passes", inputs: Batch, targets: Tensor, answers: Answers | None) -> Looked:
+    """Return which ways are right where the batch gives these answers, if it gives any, and what they hold."""
+    whole = inputs, targets
+    asks = bool(answers and answers.values)
+    few = _few(*(with_each_kind(passes, whole, spread(size(inputs), max(SIZES)).tolist()) if asks else whole))
+    shown = answers is not None and (not asks or show(passes, answers, few))
+    known = answers if answers is not None and shown else NONE
+    look = _Look(passes, whole, few, known, draws(passes, alone(few[0], 0)))
     plain = passes.one_by_one(with_rules=False)
     if size(inputs) == 1:
-        right, _ = _judged(passes, few, _run(passes, [passes.one_by_one(with_rules=True)], few))
-        return Looked([*(c.way for c in right), plain], True, _footprint(passes, few[0], right))
-    whole = inputs, targets
-    over = [c for apart in (False, True) if (c := _over_the_batch(passes, few, whole, apart)) is not None]
-    right, prints = _judged(passes, few, [*over, *_run(passes, [passes.under_vmap(with_rules=True)], few)])
+        right, _ = look.judged(look.run(passes.one_by_one(with_rules=True)))
+        return Looked([*(c.way for c in right), plain], True, look.footprint(right))
+    over = list(look.over_the_batch()) if shown else []
+    right, prints = look.judged([*over, *look.run(passes.under_vmap(True, known))])
     others = [c for c in right if c.layout is None]
+    if asks and not others:
+        others = look.judged(look.run(passes.under_vmap(True, known, counted=True)))[0]
     if not others:
-        slower = [passes.under_vmap(with_rules=False), passes.one_by_one(with_rules=True)]
-        others = _judged(passes, few, _run(passes, slower, few))[0]
+        others = look.judged(look.run(passes.under_vmap(False, known), passes.one_by_one(with_rules=True)))[0]
     answered = any(c.way.name != plain.name for c in others)  # by vmap
     over = [c for c in right if c.layout is not None and (answered or not c.asks)]
     sure = all(_tells_apart(c.layout, prints, size(inputs)) for c in over if c.layout)
     found = [*(over[:1] if sure else []), *others]
-    return Looked([*(c.way for c in found), plain], sure, _footprint(passes, few[0], found))
+    return Looked([*(c.way for c in found), plain], sure, look.footprint(found))
 
 
 @precision.without_tf32()
@@ -94,149 +100,163 @@ def holds(passes: "Passes", way: "Way", inputs: Batch, targets: Tensor) -> bool:
     A few samples do not show what begins with more of them: a capacity, a share that is dropped, a rare outlier. So the
     samples of the least and the largest loss are looked at, and the last one.
     """
-    n = size(inputs)
+    whole, n = (inputs, targets), size(inputs)
     try:
-        with kept_buffers(passes.model):
+        drawn = draws(passes, alone(whole, 0))
+        with seeded(passes.model, 0), kept_buffers(passes.model):
             losses = passes.loss_fn(call(passes.model, apply(torch.clone, inputs)), targets.clone()).detach()
         some = sorted({int(losses.argmin()), int(losses.argmax()), n - 1})
-        with kept_buffers(passes.model):
-            found = way.run(
-                *_copied((inputs, targets)), lambda _, g: [g.rows(slice(i, i + 1))[0].clone() for i in some]
-            )
-        truths = (passes.plain(*_copied(_sample((inputs, targets), i))) for i in some)
+        with seeded(passes.model, 0), kept_buffers(passes.model):
+            found = way.run(*copied(whole), lambda _, g: [g.rows(slice(i, i + 1))[0].clone() for i in some])
         slack = KINKS if rounding(next(iter(passes.values.values()))) < COARSE else KINKS_COARSELY
-        return all(near({name: rows[k] for name, rows in found.items()}, t, slack) for k, t in enumerate(truths))
+        each = enumerate(truths(passes, whole, some, drawn))
+        return all(near({name: rows[k] for name, rows in found.items()}, truth, slack) for k, truth in each)
     except Exception as error:
         if lack_of_memory(error):
             return True
         raise
 
 
-def _footprint(passes: "Passes", batch: Sample, right: Sequence[_Candidate]) -> Footprint:
-    """Return what an ordinary step and the cheapest right way hold; nothing where that cannot be counted."""
-    inputs, targets = _copied(_sample(batch, 0))
-    there, step = [*passes.model.parameters(), *passes.model.buffers(), *tensors(inputs)], 0
-    with going_on():
-        step = saved(partial(passes.plain, inputs, targets), there)
-    changes = any(t._version for t in tensors(inputs))
-    result = sum(p.nbytes for p in passes.values.values())
-    return Footprint(step, pairs(right[0].found[-1].values()) if right else 0, result, changes)
-
-
 def _few(inputs: Batch, targets: Tensor) -> list[Sample]:
     return list(zip(some(inputs, SIZES), some_targets(targets, SIZES), strict=True))[-2:]
 
 
-def _run(passes: "Passes", ways: Sequence["Way"], few: Sequence[Sample]) -> list[_Candidate]:
-    def ran(way: "Way", batch: Sample) -> dict[str, PerSample]:
-        with kept_buffers(passes.model):
-            return way.run(*_copied(batch), itself)
+class _Look(NamedTuple):
+    """A look at a few samples.
 
-    found = []
-    for way in ways:
-        with going_on():
-            found.append(_Candidate(way, [ran(way, batch) for batch in few]))
-    return found
-
-
-def _over_the_batch(passes: "Passes", few: Sequence[Sample], whole: Sample, apart: bool) -> _Candidate | None:
-    found = None
-    with going_on():
-        with Questions() as questions:
-            (first, earlier, _), (second, layout, seen) = (passes.looked_at(*_copied(b), apart=apart) for b in few)
-        batch = few[-1]
-        others = (with_another(batch, place, whole[0], kind) for place, kind in OTHERS)
-        placed = earlier == layout and not questions.ordered and passes.copies_are_apart(*_copied(batch))
-        if placed and not any(_is_touched(passes, *other, seen, apart) for other in others):
-            by_size = scaled(batch, *whole)
-            if _are_alone(passes, by_size, _made_up(passes, by_size, apart)[0]):
-                found = _Candidate(passes.over_the_batch(layout), [first, second], layout, questions.asked)
-    return found
-
-
-def _is_touched(passes: "Passes", batch: Sample, kept: Tensor, seen: Sequence[Tensor], apart: bool) -> bool:
-    """Return whether samples show something else at a tap once another one of them is another.
-
-    That other one is in new company too, so its gradients, and everyone's, are held against those of it alone.
+    Attributes:
+        passes: The model's.
+        whole: The batch.
+        few: Samples of it, in order and backwards.
+        answers: What it answers.
+        drawn: What the model draws.
     """
-    found, after = _made_up(passes, batch, apart)
-    if not all(same(a, b, kept) for a, b in zip(seen, after, strict=bool(found))):
-        return True
-    return not _are_alone(passes, batch, found)
 
+    passes: "Passes"
+    whole: Sample
+    few: Sequence[Sample]
+    answers: Answers
+    drawn: Draws
 
-def _made_up(passes: "Passes", batch: Sample, apart: bool) -> tuple[dict[str, PerSample], list[Tensor]]:
-    """Return what a pass over a made-up batch finds, and shows at each tap; nothing where it is out of bounds."""
-    found, seen = dict[str, PerSample](), list[Tensor]()
-    with going_on():
-        found, _, seen = passes.looked_at(*_copied(batch), apart=apart)
-    return found, seen
-
-
-def _are_alone(passes: "Passes", batch: Sample, found: dict[str, PerSample]) -> bool:
-    """Return whether the gradients of made-up samples are those that each has alone, if that can be said."""
-    if not found or rounding(next(iter(passes.values.values()))) >= COARSE:
-        return True  # far numbers round too far to tell
-    for i in range(size(batch[0])):
-        truth: Named = {}
+    def footprint(self, right: Sequence[_Candidate]) -> Footprint:
+        """Return what an ordinary step and the cheapest right way hold; nothing where that cannot be counted."""
+        passes, (inputs, targets) = self.passes, copied(alone(self.few[0], 0))
+        there, step = [*passes.model.parameters(), *passes.model.buffers(), *tensors(inputs)], 0
         with going_on():
-            truth = passes.plain(*_copied(_sample(batch, i)))
-        if truth and not near(_row(found, i), truth, KINKS):
-            return False
-    return True
+            step = saved(partial(passes.plain, inputs, targets), there)
+        changes = any(t._version for t in tensors(inputs))
+        result = sum(p.nbytes for p in passes.values.values())
+        return Footprint(step, pairs(right[0].found[-1].values()) if right else 0, result, changes)
 
+    def run(self, *ways: "Way") -> list[_Candidate]:
+        """Return those ways that can be run."""
 
-def _judged(
-    passes: "Passes", few: Sequence[Sample], candidates: Sequence[_Candidate]
-) -> tuple[list[_Candidate], dict[str, list[tuple[float, ...]]]]:
-    """Return the candidates that agree with plain autograd; and, of a model that is not random, fingerprints by name.
+        def ran(way: "Way", batch: Sample) -> dict[str, PerSample]:
+            with kept_buffers(self.passes.model):
+                return way.run(*copied(batch), itself)
 
-    Of a random model, ways are right that find the same without rules, of the same random numbers; but none of those
-    over the batch.
-    """
-    if _is_random(passes, _sample(few[0], 0)):
-        return [c for c in candidates if c.layout is None and _draws_as_without_rules(passes, c.way, few[-1])], {}
-    right = list(candidates)
-    prints: dict[str, list[tuple[float, ...]]] = defaultdict(list)
-    for b, batch in enumerate(few):
-        prints.clear()  # those of the last batch are looked at
+        found = []
+        for way in ways:
+            with going_on():
+                found.append(_Candidate(way, [ran(way, batch) for batch in self.few]))
+        return found
+
+    def over_the_batch(self) -> Iterator[_Candidate]:
+        """Yield ways over the batch, for both orders of several entries on an axis that belong to one sample."""
+        for apart in (False, True):
+            found = self._over_the_batch(apart)
+            if found is not None:
+                yield found
+                if found.layout is not None and all(place.rows == 1 for place in found.layout.places):
+                    return
+
+    def _over_the_batch(self, apart: bool) -> _Candidate | None:
+        found, batch = None, self.few[-1]
+        if self.drawn == "otherwise":
+            return None
+        with going_on():
+            with Questions() as questions:
+                (first, earlier, _), (second, layout, seen) = (self._seen(batch, apart) for batch in self.few)
+            earlier, layout = (each._replace(answers=self.answers) for each in (earlier, layout))
+            placed = earlier == layout and not questions.ordered and self.passes.copies_are_apart(*copied(batch))
+            others = (self._with_another(*other) for other in OTHERS)
+            if placed and not any(self._is_touched(*other, seen, apart) for other in others):
+                by_size = scaled(batch, *self.whole)
+                if self._are_right(by_size, self._made_up(by_size, apart)[0]):
+                    way = self.passes.over_the_batch(layout, apart=apart)
+                    found = _Candidate(way, [first, second], layout, questions.asked)
+        return found
+
+    def _seen(self, batch: Sample, apart: bool) -> tuple[dict[str, PerSample], Layout, list[Tensor]]:
+        with seeded(self.passes.model, 0):  # which changes nothing for a model that does not draw
+            return self.passes.looked_at(*copied(batch), apart=apart)
+
+    def _with_another(self, place: int, kind: Kind) -> tuple[Sample, Tensor]:
+        """Return a batch with another sample, and which are as they were; inputs that would change answers are, too."""
+
+        def goes_elsewhere(made: Sample) -> bool:
+            return not self.passes.asked(*made).answers.are_as(self.answers)
+
+        batch, inputs = self.few[-1], self.whole[0]
+        made, kept = with_another(batch, place, inputs, kind)
+        if self.answers.values and goes_elsewhere(made):
+            every = range(len(tensors(batch[0])))
+            changed = [k for k in every if not goes_elsewhere(with_another(batch, place, inputs, kind, [k])[0])]
+            made, kept = with_another(batch, place, inputs, kind, changed)
+        return made, kept
+
+    def _is_touched(self, batch: Sample, kept: Tensor, seen: Sequence[Tensor], apart: bool) -> bool:
+        """Return whether samples show something else at a tap once another one of them is another.
+
+        That other one is in new company too, so its gradients, and everyone's, are held against those of it alone.
+        """
+        found, after = self._made_up(batch, apart)
+        if not all(same(a, b, kept) for a, b in zip(seen, after, strict=bool(found))):
+            return True
+        return not self._are_right(batch, found)
+
+    def _made_up(self, batch: Sample, apart: bool) -> tuple[dict[str, PerSample], list[Tensor]]:
+        """Return what a pass over a made-up batch finds, and shows at each tap.
+
+        That is nothing where it is out of bounds, or answers otherwise and so goes another way.
+        """
+        with going_on():
+            found, made_up, seen = self._seen(batch, apart)
+            if made_up.answers.are_as(self.answers):
+                return found, seen
+        return {}, []
+
+    def _are_right(self, batch: Sample, found: dict[str, PerSample]) -> bool:
+        """Return whether the gradients of made-up samples are those that each has by plain autograd, if it has them."""
+        if not found or rounding(next(iter(self.passes.values.values()))) >= COARSE:
+            return True  # far numbers round too far to tell
         for i in range(size(batch[0])):
-            truth = passes.plain(*_copied(_sample(batch, i)))
-            right = [c for c in right if near(_row(c.found[b], i), truth)]
-            for name, g in truth.items():
-                prints[name].append(fingerprint(g))
-    return right, prints
+            truth: list[Named] = []
+            with going_on():
+                truth = truths(self.passes, batch, [i], self.drawn)
+            if truth and not near(row(found, i), truth[0], KINKS):
+                return False
+        return True
 
+    def judged(self, candidates: Sequence[_Candidate]) -> tuple[list[_Candidate], dict[str, list[tuple[float, ...]]]]:
+        """Return the candidates that agree with plain autograd, and fingerprints of gradients by name.
 
-def _is_random(passes: "Passes", sample: Sample) -> bool:
-    """Return whether a model draws, or does not do twice the same."""
-    before = _random_states(passes)
-    first = passes.plain(*_copied(sample))
-    return _random_states(passes) != before or not near(first, passes.plain(*_copied(sample)))
-
-
-def _random_states(passes: "Passes") -> tuple[object, ...]:
-    device = next(iter(passes.values.values())).device
-    on_device = [torch.cuda.get_rng_state(device).tolist()] if device.type == "cuda" else []
-    return random.getstate(), pickle.dumps(np.random.get_state()), torch.get_rng_state().tolist(), *on_device
-
-
-def _draws_as_without_rules(passes: "Passes", way: "Way", batch: Sample) -> bool:
-    """Return whether a way finds what it does without rules, of the same random numbers."""
-    found: list[dict[str, PerSample]] = []
-    without = passes.one_by_one(with_rules=False), passes.under_vmap(with_rules=False)
-    for each in (way, next(w for w in without if w.name == way.name)):
-        with going_on(), seeded(passes.model, 0), kept_buffers(passes.model):
-            found.append(each.run(*_copied(batch), itself))
-    return len(found) == 2 and all(near(_row(found[0], i), _row(found[1], i)) for i in range(size(batch[0])))
-
-
-def _sample(batch: Sample, i: int) -> Sample:
-    return take(batch[0], slice(i, i + 1)), batch[1][i : i + 1]
-
-
-def _row(found: dict[str, PerSample], i: int) -> Named:
-    return {name: g.rows(slice(i, i + 1))[0] for name, g in found.items()}
+        Of a model that draws, a pass over the batch draws as an ordinary one does. Other ways draw otherwise, and are
+        right if they find the same without rules.
+        """
+        drawn, right = self.drawn, list(candidates)
+        prints: dict[str, list[tuple[float, ...]]] = defaultdict(list)
+        if drawn != "nothing":
+            right = [c for c in right if c.layout or draws_as_without_rules(self.passes, c.way, self.few[-1])]
+        compared = [c for c in right if drawn == "nothing" or c.layout]
+        for b, batch in enumerate(self.few if compared else []):
+            prints.clear()  # those of the last batch are looked at
+            for i, truth in enumerate(truths(self.passes, batch, range(size(batch[0])), drawn)):
+                wrong = [c for c in compared if not near(row(c.found[b], i), truth)]
+                right = [c for c in right if c not in wrong]
+                for name, g in truth.items():
+                    prints[name].append(fingerprint(g))
+        return [c for c in right if right_for_others(self.passes, c.way, self.few)], prints
 
 
 def _tells_apart(layout: Layout, prints: dict[str, list[tuple[float, ...]]], n: int) -> bool:
@@ -250,12 +270,6 @@ def _tells_apart(layout: Layout, prints: dict[str, list[tuple[float, ...]]], n: 
     different = {name: len(p) > 1 and all(a != b for a, b in combinations(p, 2)) for name, p in finite.items()}
     there = {name: any(0 < norm < inf for norm, *_ in p[1:]) for name, p in prints.items()}
     return all(any(different[name] for name in names) for names in layout.names) and all(map(there.get, layout.copies))
-
-
-def _copied(batch: Sample) -> Sample:
-    """Return a copy: a model may change its inputs in place."""
-    inputs, targets = batch
-    return apply(torch.clone, inputs), targets.clone()
 
 
 def itself(name: str, g: PerSample) -> PerSample:

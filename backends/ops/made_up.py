@@ -1,13 +1,13 @@
 """Batches that are made up of a few samples: what these do to each other may not show in what they are."""
 
+from collections.abc import Collection
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from backends.batch import Batch, apply, tensors
-
-Sample = tuple[Batch, Tensor]
+from backends.ops.few import Sample
 
 Kind = Literal["other", "alike", "almost"]
 
@@ -15,17 +15,21 @@ ALMOST = 63 / 64
 """Times its neighbour that a sample is which shall be near it, and not the same."""
 
 
-def with_another(batch: Sample, place: int, inputs: Batch, kind: Kind) -> tuple[Sample, Tensor]:
+def with_another(
+    batch: Sample, place: int, inputs: Batch, kind: Kind, only: Collection[int] | None = None
+) -> tuple[Sample, Tensor]:
     """Return a batch with another sample in a place, and which [N] are as they were.
 
     An "other" one has larger numbers, of the other sign, and tokens, lengths, masks and a class of a sample of the
     whole batch that differs, or smaller ones. One that is "alike" has its neighbour's, but for the numbers; one that is
-    so "almost" has nearly these too.
+    so "almost" has nearly these too. If `only` is given, its other inputs are as they were.
     """
     few, targets = batch
     neighbour, alike = place + 1 if place == 0 else place - 1, kind != "other"
 
-    def changed(t: Tensor, whole: Tensor) -> Tensor:
+    def changed(t: Tensor, index: int, whole: Tensor) -> Tensor:
+        if only is not None and index not in only:
+            return t
         t, differs = t.clone(), (whole != t[place]).reshape(len(whole), -1).any(1)
         if t.is_complex():
             t[place] = _far(t[place])
@@ -39,9 +43,9 @@ def with_another(batch: Sample, place: int, inputs: Batch, kind: Kind) -> tuple[
 
     kept = torch.ones(len(targets), dtype=torch.bool, device=targets.device)
     kept[place] = False
-    changes, targets = iter(tensors(inputs)), targets.clone()
+    changes, targets = enumerate(tensors(inputs)), targets.clone()
     targets[place] = targets[neighbour] if alike or targets.is_floating_point() else _less(targets[place])
-    return (apply(lambda t: changed(t, next(changes)), few), targets), kept
+    return (apply(lambda t: changed(t, *next(changes)), few), targets), kept
 
 
 def _far(t: Tensor) -> Tensor:

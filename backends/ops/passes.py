@@ -2,9 +2,10 @@
 
 The passes run over the batch where every use of a parameter is by an op that a rule covers, with the samples in one
 place; where a few samples, in order and backwards, show the gradients that each has when it is run alone; and where
-nothing asks for values that belong to a sample, by which others might go another way. Control flow and layout may
-depend on the form of the inputs, so each form is looked at anew. A parameter [1, ...] (a position
-embedding, say) may be used by any op: it is there as [N, ...].
+nothing asks for values that belong to a sample, by which others might go another way, but whether something holds for
+all of them, or for any (`answers.py`). Control flow and layout may depend on the form of the inputs, so each form is
+looked at anew (`ways.py`). A parameter [1, ...] (a position embedding, say) may be used by any op: it is there as
+[N, ...].
 
 Elsewhere they run under `torch.func.vmap`, where what belongs to a sample is known by construction, whatever the model
 does with its axes. Every trainable parameter is there as N copies, one a sample, which take no memory (stride 0):
@@ -15,10 +16,9 @@ What vmap cannot run either (control flow that depends on the data, checkpoints,
 a time, as by a loop; pairs are kept all the same.
 """
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from backends import precision
-from backends.base import LossFn, Named, trainable
-from backends.batch import Batch, apply, call, signature, size, take, tensors
-from backends.ops.choice import CHOSEN, capturing
-from backends.ops.footprint import NOTHING, Footprint
-from backends.ops.look import going_on, holds, itself, looked
+from backends.base import LossFn, Named, full_copy, trainable
+from backends.batch import Batch, apply, call, size, take
+from backends.ops.answers import NONE, Answers, Asked, Told
+from backends.ops.kinds import Again
+from backends.ops.look import going_on, itself
 from backends.ops.persample import Dense, PerSample
 from backends.ops.places import Layout
 from backends.ops.recurrent import leave_unflattened
@@ -43,45 +43,36 @@ PerParameter: TypeAlias = dict[str, PerSample]
 
 OVER_THE_BATCH, ONE_BY_ONE = "over the batch", "one by one"
 
-LOOKS = 8  # at samples that do not tell apart, before they are run under vmap for good
-
 
 class Way(NamedTuple):
-    """A way to run both passes: (inputs, targets, what is wanted of each parameter's g_i) -> that, by name."""
+    """A way to run both passes: (inputs, targets, what is wanted of each parameter's g_i) -> that, by name.
+
+    Attributes:
+        name: Its name.
+        run: Runs it.
+        answers: It is right where the batch gives these.
+        again: Runs it where the batch may give others, and returns all.
+    """
 
     name: str
     run: Callable[[Batch, Tensor, Each], dict[str, Any]]
+    answers: Answers = NONE
+    again: Again | None = None
 
 
 @dataclass
 class Passes:
-    """Both passes of a model: `passes(inputs, targets, each)` returns what `each` makes of each parameter's g_i.
+    """Both passes of a model, in every way.
 
     Attributes:
         model: The backend's own copy.
         loss_fn: (outputs [N, ...], targets [N, ...]) -> losses [N].
         values: The parameters without gradient, by name.
         shared: Those [1, ...], which any op may use.
-        ways: By the form of the inputs, the ways to run them that have not failed, the cheapest first.
-        unsure: The same, of forms that will be looked at again.
-        looks: How often a form has been looked at.
-        footprints: By the form too, how much memory the passes hold.
-        footprint: That of the inputs that are being run.
-        whole: How many samples the batch has that they are a part of.
-        extra: How many bytes more than pairs have been kept of them.
-        held: By the form too, the largest batch whose way over it has been held against plain autograd.
     """
 
     model: nn.Module
     loss_fn: LossFn
-    ways: dict[object, list[Way]] = field(default_factory=dict)
-    unsure: dict[object, list[Way]] = field(default_factory=dict)
-    looks: Counter[object] = field(default_factory=Counter)
-    footprints: dict[object, Footprint] = field(default_factory=dict)
-    footprint: Footprint = NOTHING
-    whole: int = 0
-    extra: int = 0
-    held: Counter[object] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.parameters = trainable(self.model)
@@ -89,76 +80,57 @@ class Passes:
         self.shared = {name: p for name, p in self.values.items() if p.dim() > 1 and len(p) == 1}
         self._names = _by_identity(self.parameters)
 
-    def __call__(self, inputs: Batch, targets: Tensor, each: Each) -> dict[str, Any]:
-        """Run both passes; what a way cannot do with these very inputs, the next one does."""
-        form = _form(inputs, targets)
-        ways = self.ways.get(form) or self._looked(form, inputs, targets)
-        self.footprint = self.footprints[form]
-        if ways[0].name == OVER_THE_BATCH and size(inputs) > self.held[form] and not capturing(targets):
-            ways = self._held(form, ways, inputs, targets)
-        kept = apply(torch.clone, inputs) if self.footprint.changes else None
-        for count, way in enumerate(ways):
-            if kept is not None and count > 0:  # the way before has left them half changed
-                for t, was in zip(tensors(inputs), tensors(kept), strict=True):
-                    t.copy_(was)
-            self.extra = 0  # of a way that failed, nothing is kept
-            with going_on(count < len(ways) - 1), kept_buffers(self.model):
-                found = way.run(inputs, targets, each)
-                if form in self.ways:
-                    self.ways[form] = ways[count:]
-                if size(inputs) > 1:
-                    CHOSEN[f"passes of {type(self.model).__name__}"] = way.name
-                return found
-        raise AssertionError("the last way returns or raises")
+    def asked(self, inputs: Batch, targets: Tensor) -> Asked:
+        """Return what a pass over a batch is asked; nothing where there is none."""
+        asked, failed = Asked(size(inputs)), True
+        with going_on(), kept_buffers(self.model), kept_random_state(self.model), kept_attributes(self.model):
+            self._forward(apply(torch.clone, inputs), targets.clone(), asked=asked)
+            failed = False
+        return Asked(size(inputs)) if failed else asked
 
-    def way(self, inputs: Batch, targets: Tensor) -> Way:
-        """Return the way that these inputs are run."""
-        form = _form(inputs, targets)
-        self(inputs, targets, itself)
-        return (self.ways.get(form) or self._looked(form, inputs, targets))[0]
+    def in_float64(self) -> "Passes":
+        """Return the same passes of a copy in float64.
 
-    def _looked(self, form: object, inputs: Batch, targets: Tensor) -> list[Way]:
-        """Return the ways that are right; where samples do not tell, they are looked for again, a few times at most."""
-        if form in self.unsure and capturing(targets):  # a look asks for values
-            return self.unsure[form]
-        with kept_random_state(self.model), kept_attributes(self.model):  # a first call does what later ones do
-            ways, sure, self.footprints[form] = looked(self, inputs, targets)
-        self.looks[form] += 1
-        (self.ways if sure or self.looks[form] == LOOKS else self.unsure)[form] = ways
-        return ways
+        Raises:
+            Uncovered: There are complex parameters.
+        """
+        if any(p.is_complex() for p in self.values.values()):
+            raise Uncovered
+        return Passes(full_copy(self.model).to(torch.float64), self.loss_fn)
 
-    def _held(self, form: object, ways: list[Way], inputs: Batch, targets: Tensor) -> list[Way]:
-        """Return the ways that hold for a larger batch than those before."""
-        right = False
-        with going_on(), kept_random_state(self.model), kept_attributes(self.model):
-            right = holds(self, ways[0], inputs, targets)
-        self.held[form] = size(inputs)
-        if not right:
-            ways = self.ways[form] = ways[1:]
-        return ways
-
-    def over_the_batch(self, layout: Layout) -> Way:
+    def over_the_batch(self, layout: Layout, *, apart: bool) -> Way:
         """Return the way over the batch, where the samples' places are known."""
 
+        def again(passes: Passes, inputs: Batch, targets: Tensor) -> PerParameter:
+            return passes.looked_at(inputs, targets, apart=apart)[0]
+
         def run(inputs: Batch, targets: Tensor, each: Each) -> dict[str, Any]:
-            recorder, _ = self._batch_pass(inputs, targets, known=layout, each=each)
+            asked = Asked(size(inputs), layout.answers)
+            recorder, _ = self._batch_pass(inputs, targets, known=layout, each=each, asked=asked)
+            asked.end()
             if (recorder.at, recorder.copies) != (layout.names, layout.copies):
                 raise Uncovered
             return recorder.all_wanted(size(inputs))
 
-        return Way(OVER_THE_BATCH, run)
+        return Way(OVER_THE_BATCH, run, layout.answers, again)
 
     def looked_at(self, inputs: Batch, targets: Tensor, *, apart: bool) -> tuple[PerParameter, Layout, list[Tensor]]:
         """Return what a pass over the batch finds, the samples' places in it, and what was seen at taps [N, ...]."""
-        seen: list[Tensor] = []
+        seen, asked = list[Tensor](), Asked(size(inputs))
         with kept_buffers(self.model):
-            recorder, shared = self._batch_pass(inputs, targets, apart=apart, seen=seen)
+            recorder, shared = self._batch_pass(inputs, targets, apart=apart, seen=seen, asked=asked)
         uses = {name: count for name, count in recorder.uses.items() if name not in shared}
-        return recorder.all_wanted(size(inputs)), Layout(recorder.places, uses, recorder.at, recorder.copies), seen
+        layout = Layout(recorder.places, uses, recorder.at, recorder.copies, asked.answers)
+        return recorder.all_wanted(size(inputs)), layout, seen
 
-    def under_vmap(self, *, with_rules: bool) -> Way:
-        """Return the way under vmap."""
-        return Way("under vmap", partial(self._vmapped, with_rules))
+    def under_vmap(self, with_rules: bool, answers: Answers = NONE, counted: bool = False) -> Way:
+        """Return the way under vmap, where the batch gives these answers, counted as `Told` does."""
+
+        def again(passes: Passes, inputs: Batch, targets: Tensor) -> PerParameter:
+            way = passes.under_vmap(with_rules, passes.asked(inputs, targets).answers, counted)
+            return way.run(inputs, targets, itself)
+
+        return Way("under vmap", partial(self._vmapped, with_rules, Told(answers, counted)), answers, again)
 
     def one_by_one(self, *, with_rules: bool) -> Way:
         """Return the way that runs one sample at a time."""
@@ -172,6 +144,16 @@ class Passes:
         found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in self.parameters.items()}
         self.model.zero_grad(set_to_none=True)
         return {name: _dense(g) for name, g in found.items()}
+
+    def among(self, inputs: Batch, targets: Tensor, which: Sequence[int]) -> list[Named]:
+        """Return some samples' gradients {name: [*shape]} by ordinary autograd, of one forward pass of all samples."""
+        losses = self.loss_fn(call(self.model, inputs), targets)
+        found = []
+        for i in which:
+            grads = torch.autograd.grad(losses[i], list(self.parameters.values()), retain_graph=True, allow_unused=True)
+            named = zip(self.parameters.items(), grads, strict=True)
+            found.append({name: torch.zeros_like(p) if g is None else _dense(g) for (name, p), g in named})
+        return found
 
     def copies_are_apart(self, inputs: Batch, targets: Tensor) -> bool:
         """Return whether the first sample's loss asks for no other's copy of a parameter that is there as [N, ...].
@@ -213,22 +195,26 @@ class Passes:
             raise Uncovered
         return recorder, losses, token, copies
 
-    def _vmapped(self, with_rules: bool, inputs: Batch, targets: Tensor, each: Each) -> dict[str, Any]:
-        n = size(inputs)
+    def _vmapped(self, with_rules: bool, told: Told, inputs: Batch, targets: Tensor, each: Each) -> dict[str, Any]:
+        n, told = size(inputs), told.anew()
         copies = {name: p.expand(n, *p.shape).requires_grad_() for name, p in self.values.items()}
         recorders: list[Recorder] = []
 
-        def loss(copies: Named, token: Tensor, buffers: Named, inputs: Batch, targets: Tensor) -> Tensor:
-            recorders.append(self._recorder(copies, token, with_rules=with_rules, each=each))
+        def loss(
+            copies: Named, token: Tensor, buffers: Named, inputs: Batch, targets: Tensor
+        ) -> tuple[Tensor, list[Tensor]]:
+            recorders.append(self._recorder(copies, token, asked=told, with_rules=with_rules, each=each))
             inputs, targets = apply(lambda t: t[None], inputs), apply(lambda t: t[None], targets)
             with recorders[0]:
                 outputs = call(lambda *a, **k: functional_call(self.model, (copies, buffers), a, k), inputs)
-                return self.loss_fn(outputs, targets).sum()
+                return self.loss_fn(outputs, targets).sum(), told.own
 
         token, buffers = self._token(n), {name: b.clone() for name, b in self.model.named_buffers()}
         with kept_attributes(self.model):  # a tensor of vmap's is dead after it
             leave_unflattened(self.model)
-            losses = vmap(loss, (0, 0, None, 0, 0), randomness="different")(copies, token, buffers, inputs, targets)
+            vmapped = vmap(loss, (0, 0, None, 0, 0), randomness="different")
+            losses, own = vmapped(copies, token, buffers, inputs, targets)
+        told.check(own)
         by_copies, missed = self._backward(recorders[0], losses, token, copies)
         if missed:  # a parameter is used by a reference that the model has kept, which is no copy
             raise Uncovered
@@ -281,12 +267,6 @@ class Passes:
         used = [(name, g) for name, g in zip([*copies, *self.parameters], found[1:], strict=True)]
         by_copies, direct = used[: len(copies)], used[len(copies) :]
         return {k: g for k, g in by_copies if g is not None}, {k: g for k, g in direct if g is not None}
-
-
-def _form(inputs: Batch, targets: Tensor) -> object:
-    device = targets.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return signature(inputs), signature(targets), size(inputs) == 1, autocast
 
 
 def _by_identity(given: Mapping[str, Tensor]) -> dict[int, str]:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from backends.ops.answers import NONE, Answers
+
 
 class Place(NamedTuple):
     """Where the samples are in what goes into an op and comes out of it, in a pass over the batch.
@@ -49,12 +51,14 @@ class Layout(NamedTuple):
         uses: How often parameters are used.
         names: Which parameters are used at each tap.
         copies: Those that are there as [N, ...] and have a gradient.
+        answers: What the pass answered.
     """
 
     places: Sequence[Place]
     uses: Mapping[str, int]
     names: Sequence[tuple[str, ...]]
     copies: Sequence[str]
+    answers: Answers = NONE
 
 
 def likely(x: Tensor, n: int, apart: bool) -> list[Place]:

@@ -4,6 +4,9 @@ What a batch answers is not what each of its samples would. Under vmap, torch an
 sample, and raises everywhere else. What orders samples by values, vmap does to each of them alone.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -33,6 +36,19 @@ PLACES = {
     torch.ops.aten._pack_padded_sequence.default,
 }
 """Ops that put what belongs to a sample where values of those before it say."""
+
+
+_HEARD: ContextVar[bool] = ContextVar("_HEARD", default=True)
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Ask for values in the block on behalf of a pass that answers for each sample; see `answers.py`."""
+    before = _HEARD.set(False)
+    try:
+        yield
+    finally:
+        _HEARD.reset(before)
 
 
 def _orders(op: Any, args: Any, kwargs: Any) -> bool:  # noqa: ANN401  as `__torch_dispatch__` is given them
@@ -80,7 +96,7 @@ class _Ops(TorchDispatchMode):
         self.questions = questions
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
-        if _asks(func, args):
+        if _asks(func, args) and _HEARD.get():
             self.questions.asked = True
         if _orders(func, args, kwargs or {}):
             self.questions.ordered = True
@@ -93,6 +109,7 @@ class _Reads(TorchFunctionMode):
         self.questions = questions
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
-        if func in READ_AT_ONCE or (func in SPLITS and any(isinstance(a, Tensor) for a in _others(args, kwargs))):
+        reads = func in READ_AT_ONCE or (func in SPLITS and any(isinstance(a, Tensor) for a in _others(args, kwargs)))
+        if reads and _HEARD.get():
             self.questions.asked = True
         return func(*args, **(kwargs or {}))

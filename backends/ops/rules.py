@@ -56,6 +56,7 @@ class Rule:
         covers: Whether the rule holds for these arguments, with the parameters themselves in their roles.
         folds: Whether the op multiplies vectors [..., d] as one matrix, which torch does for contiguous ones only where
             the weight needs no gradient; others it multiplies by a copy of the weight for each of the first axis.
+        commutes: Whether the op's two arguments may change places.
     """
 
     gradients: Callable[..., Pieces]
@@ -64,6 +65,7 @@ class Rule:
     defaults: Mapping[str, Any]
     covers: Callable[[Mapping[str, Any]], bool]
     folds: bool = False
+    commutes: bool = False
 
     @cached_property
     def known(self) -> frozenset[str]:
@@ -110,7 +112,10 @@ OVER_THE_BATCH: dict[Op, Rewrite] = {}
 
 
 def rule(
-    *ops: Op, covers: Callable[[Mapping[str, Any]], bool] = lambda arguments: True, folds: bool = False
+    *ops: Op,
+    covers: Callable[[Mapping[str, Any]], bool] = lambda arguments: True,
+    folds: bool = False,
+    commutes: bool = False,
 ) -> Callable[[F], F]:
     """Return the decorator that makes a function the rule of some ops.
 
@@ -118,10 +123,11 @@ def rule(
         ops: The ops, as a `TorchFunctionMode` sees them.
         covers: Whether the rule holds for the op's arguments; elsewhere autograd differentiates, sample by sample.
         folds: See `Rule`.
+        commutes: See `Rule`.
     """
 
     def decorate(gradients: F) -> F:
-        RULES.update(dict.fromkeys(ops, Rule.of(gradients, covers=covers, folds=folds)))
+        RULES.update(dict.fromkeys(ops, Rule.of(gradients, covers=covers, folds=folds, commutes=commutes)))
         return gradients
 
     return decorate

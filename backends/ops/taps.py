@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from backends import precision
 from backends.base import Named
+from backends.ops.answers import ANSWERED, Asked, Told
 from backends.ops.persample import PerSample
 from backends.ops.places import ALONE, SHARED, Layout, Place, likely
 from backends.ops.rules import OVER_THE_BATCH, ROLES, RULES, UNDER_VMAP, Bound, Op, Rule
@@ -159,6 +160,7 @@ class Recorder(TorchFunctionMode):
         copies: Those that are there as [N, ...] and have a gradient.
         seen: Where it is wanted, what went into each tap [N, ...], and then what came back, the last one first.
         uses: How many uses of each parameter are through.
+        asked: What the model asks for, and is answered.
     """
 
     names: dict[int, str]
@@ -176,6 +178,7 @@ class Recorder(TorchFunctionMode):
     copies: list[str] = field(default_factory=list)
     seen: list[Tensor] | None = None
     uses: Counter[str] = field(default_factory=Counter)
+    asked: Asked | Told | None = None
     forward_is_over: bool = False
 
     def __post_init__(self) -> None:
@@ -214,13 +217,23 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
         if func in self._rewrites:
             return self._rewritten(func, args, kwargs or {})
-        if func in self._rules and (bound := self._rules[func].bind(args, kwargs or {})):
+        if func in ANSWERED and self.asked is not None:
+            return self.asked(func, args, kwargs)
+        if func in self._rules and (bound := self._bound(self._rules[func], args, kwargs or {})):
             names = {role: self.names[p] for role in ROLES if (p := id(bound.arguments.get(role))) in self.names}
             if names:
                 bound.arguments.update({role: self.values[name] for role, name in names.items()})
                 if self._rules[func].covers(bound.arguments):
                     return self._tapped(func, bound, names)
         return func(*args, **(kwargs or {}))
+
+    def _bound(self, rule: Rule, args: Any, kwargs: Any) -> Bound | None:  # noqa: ANN401
+        if rule.commutes:  # elementwise: most have no parameter, and none of these may take long
+            which = [id(a) in self.names for a in args]
+            if sum(which) != 1:
+                return None
+            args = args if which[-1] else args[::-1]
+        return rule.bind(args, kwargs)
 
     def _rewritten(self, func: Op, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
         rewrite = self._rewrites[func]

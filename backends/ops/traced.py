@@ -19,7 +19,8 @@ from backends.base import Unsupported
 from backends.batch import Batch, signature, size
 from backends.execution import compiled
 from backends.ops.choice import tracing
-from backends.ops.passes import ONE_BY_ONE, Passes, Way
+from backends.ops.passes import ONE_BY_ONE, Way
+from backends.ops.ways import Ways
 from backends.running import first_sentence, kept_buffers
 
 R = TypeVar("R")
@@ -35,7 +36,7 @@ class Compiled(Generic[R]):
         graphs: The compiled ones, by form.
     """
 
-    passes: Passes
+    passes: Ways
     made: Callable[[Way, Batch, Tensor], R]
     graphs: dict[object, Callable[[Batch, Tensor], R]] = field(default_factory=dict)
 
@@ -47,7 +48,7 @@ class Compiled(Generic[R]):
         """
         device = targets.device.type
         form = (signature(inputs), size(inputs), signature(targets), torch.is_autocast_enabled(device))
-        with kept_buffers(self.passes.model):
+        with kept_buffers(self.passes.of.model):
             if form not in self.graphs:
                 self.graphs[form] = self._compiled(inputs, targets)
             with torch.no_grad(), torch.autocast(device, enabled=False):  # the graph has the casts
@@ -57,6 +58,9 @@ class Compiled(Generic[R]):
         way = self.passes.way(inputs, targets)
         if way.name == ONE_BY_ONE:
             raise Unsupported("`model` (compile=True): its samples are run one by one, which is no single graph")
+        if way.answers.values:
+            why = "the model asks for values, such as `mask.all()`, by which one graph cannot go different ways"
+            raise Unsupported(f"`model` (compile=True): {why}")
         self.made(way, inputs, targets)  # chooses the fastest contractions
         with tracing():
             try:

@@ -1,0 +1,113 @@
+"""What is known of a model that draws random numbers: it has no repeatable gradient but under a seed."""
+
+import pickle
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from backends.base import Named
+from backends.batch import size
+from backends.ops.few import Sample, alone, copied, row
+from backends.ops.near import near
+from backends.running import kept_buffers, seeded
+from backends.shortage import lack_of_memory
+
+if TYPE_CHECKING:
+    from backends.ops.passes import Passes, Way
+
+Draws: TypeAlias = Literal["nothing", "dropout", "otherwise"]
+"""What a model draws. Dropout keeps samples apart, whatever it draws; by other numbers, one in a million batches may be
+mixed, and numbers of other generators than torch's no seed of torch repeats."""
+
+DROPOUT = {
+    torch.dropout,
+    torch.dropout_,
+    torch.feature_dropout,
+    torch.alpha_dropout,
+    F.dropout,
+    F.dropout1d,
+    F.dropout2d,
+    F.dropout3d,
+    F.alpha_dropout,
+    F.feature_alpha_dropout,
+    F.scaled_dot_product_attention,
+    F.multi_head_attention_forward,
+    torch.lstm,
+    torch.gru,
+    torch.rnn_tanh,
+    torch.rnn_relu,
+}
+"""Ops that draw for dropout only."""
+
+
+def draws(passes: "Passes", sample: Sample) -> Draws:
+    """Return what a model draws."""
+    device = next(iter(passes.values.values())).device
+    python, states = _of_python(), _States(device)
+    with _Drawing(device) as drawing:
+        first = passes.plain(*copied(sample))
+    if _of_python() != python or drawing.otherwise:
+        return "otherwise"
+    once, again = (first, passes.plain(*copied(sample)))
+    if drawn := _States(device) != states:
+        once, again = (truths(passes, sample, [0], "dropout")[0] for _ in range(2))
+    return "otherwise" if not near(once, again) else "dropout" if drawn else "nothing"
+
+
+class _Drawing(TorchFunctionMode):
+    """Notices whether something draws by torch, but for dropout."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device, self.otherwise = device, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        before = _States(self.device)
+        result = func(*args, **(kwargs or {}))
+        self.otherwise |= func not in DROPOUT and _States(self.device) != before
+        return result
+
+
+class _States:
+    """The states of torch's generators."""
+
+    def __init__(self, device: torch.device) -> None:
+        on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+        self.states = [torch.get_rng_state(), *on_device]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _States) and all(map(torch.equal, self.states, other.states))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _of_python() -> tuple[object, ...]:
+    return random.getstate(), pickle.dumps(np.random.get_state())
+
+
+def truths(passes: "Passes", batch: Sample, which: Sequence[int], drawn: Draws) -> list[Named]:
+    """Return the gradients of some samples by plain autograd: alone, or of a model that draws, as it drew for all."""
+    if drawn == "nothing":
+        return [passes.plain(*copied(alone(batch, i))) for i in which]
+    with seeded(passes.model, 0), kept_buffers(passes.model):
+        return passes.among(*copied(batch), which)
+
+
+def draws_as_without_rules(passes: "Passes", way: "Way", batch: Sample) -> bool:
+    """Return whether a way finds what it does without rules, of the same random numbers."""
+    without = passes.one_by_one(with_rules=False), passes.under_vmap(False, way.answers)
+    found = []
+    try:
+        for each in (way, next(w for w in without if w.name == way.name)):
+            with seeded(passes.model, 0), kept_buffers(passes.model):
+                found.append(each.run(*copied(batch), lambda name, g: g))
+    except Exception as error:  # whatever a model's code may raise
+        if lack_of_memory(error):
+            raise
+        return False
+    return all(near(row(found[0], i), row(found[1], i)) for i in range(size(batch[0])))

@@ -1,0 +1,211 @@
+"""Models that ask whether something holds for all samples, or for any: each must go the way that it goes alone."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from backends import get_backend
+from backends.base import Unsupported, own_copy
+from backends.ops.look import itself
+from backends.ops.passes import Passes
+from backends.ops.ways import Ways
+from tests.asserts import CLOSE, assert_close
+from tests.cases import DEVICE, Functional, linear, real, squares
+from tests.habits import assert_right
+
+pytestmark = pytest.mark.usefixtures("own_random_state")
+
+Batch = tuple[tuple[Tensor, Tensor], Tensor]
+
+
+def mean(h: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean over the positions that count."""
+    return (h * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+def left_out(ask: Callable[[Tensor], Any]) -> Callable[..., Tensor]:
+    """Return a model that leaves out a mask where it may: what a batch does is right for each of its samples."""
+
+    def forward(s: Any, x: Tensor, mask: Tensor) -> Tensor:
+        h = s.a(x).tanh()
+        return s.b(h.mean(1) if ask(mask) else mean(h, mask))  # type: ignore[no-any-return]
+
+    return forward
+
+
+def any_is_large(s: Any, x: Tensor, mask: Tensor) -> Tensor:
+    h = s.a(x).tanh()
+    return s.b(mean(h * 1.0001 if (x.abs() > 5).any() else h, mask))  # type: ignore[no-any-return]
+
+
+def all_are_whole(s: Any, x: Tensor, mask: Tensor) -> Tensor:
+    h = mean(s.a(x).tanh(), mask)
+    return s.b(h * 1.0001 if torch.all(mask == 1) else h)  # type: ignore[no-any-return]
+
+
+def mixed_where_masked(s: Any, x: Tensor, mask: Tensor) -> Tensor:
+    h = mean(s.a(x).tanh(), mask)
+    return s.b(h if mask.all() else h - 0.001 * h.mean(0))  # type: ignore[no-any-return]
+
+
+def asks_again(s: Any, x: Tensor, mask: Tensor) -> Tensor:
+    h = s.a(x).tanh()
+    if mask.all():
+        return s.b(h.mean(1))  # type: ignore[no-any-return]
+    return s.b(mean(h + x.sum(2, keepdim=True) if (x > 8).any().item() else h, mask))  # type: ignore[no-any-return]
+
+
+LEFT_OUT: dict[str, Callable[[Tensor], Any]] = {
+    "all": lambda mask: mask.all(),
+    "torch.all": lambda mask: torch.all(mask == 1),
+    "not any": lambda mask: not (mask == 0).any(),
+    "item": lambda mask: mask.bool().all().item(),
+    "in": lambda mask: 0 not in mask,
+    "as many as there are": lambda mask: mask.bool().sum() == mask.numel(),
+    "none of the others": lambda mask: (mask == 0).sum() == 0,
+}
+
+OTHERS: dict[str, Callable[..., Tensor]] = {
+    "any is large": any_is_large,
+    "all are whole": all_are_whole,
+    "mixed where masked": mixed_where_masked,
+    "asks again": asks_again,
+    "of all, transposed": left_out(lambda mask: mask.T.all()),
+    "how many": left_out(lambda mask: int(mask.sum()) == mask.numel()),
+    "of the largest": left_out(lambda mask: mask.min() > 0),
+}
+
+
+def model_of(forward: Callable[..., Tensor]) -> nn.Module:
+    return Functional(forward, a=linear(4, 6), b=linear(6, 3))
+
+
+def batch(n: int, masked: set[int], large: set[int] = frozenset(), length: int = 5) -> Batch:  # type: ignore[assignment]
+    x, mask = real(n, length, 4), torch.ones(n, length, dtype=torch.float64)
+    for i in masked:
+        mask[i, 3:] = 0
+    for i in large:
+        x[i, 0, 0] = 9.0
+    return (x.to(DEVICE), mask.to(DEVICE)), real(n).to(DEVICE)
+
+
+BATCHES: list[Batch] = [
+    batch(8, set()),
+    batch(8, {1, 4}),
+    batch(8, set(range(8))),
+    batch(8, {1, 4}, {3}),
+    batch(8, set(), {6}),
+    batch(8, {7}),
+    batch(12, {5, 6}, {1, 5}),
+    batch(1, {0}),
+    batch(2, {0}),
+    batch(3, {0}, {1}),
+    batch(5, {0}),  # as many samples as positions
+    batch(8, set(), set(range(8))),
+    batch(8, set()),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("forward", [*map(left_out, LEFT_OUT.values()), *OTHERS.values()], ids=[*LEFT_OUT, *OTHERS])
+def test_batches_that_answer_otherwise_are_right_in_turn(forward: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    """A hundredth would be near enough for a ReLU's kink; what belongs to a branch must be told apart from it."""
+    model = model_of(forward).to(DEVICE, dtype)
+    close = CLOSE if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-6}
+    ours, loop = (get_backend(name).grads(model, squares) for name in ("bookkeeping", "naive"))
+    for (x, mask), y in BATCHES:
+        given = (x.to(dtype), mask.to(dtype)), y.to(dtype)
+        torch.testing.assert_close(ours(*given), loop(*given), **close)
+
+
+@pytest.mark.parametrize("ask", LEFT_OUT.values(), ids=LEFT_OUT)
+def test_what_makes_no_difference_costs_nothing(ask: Callable[[Tensor], Any]) -> None:
+    ways = Ways(Passes(own_copy(model_of(left_out(ask)).to(DEVICE, torch.float64)), squares))
+    for inputs, targets in BATCHES:
+        if len(targets) > 1:
+            assert ways.way(inputs, targets).name == "over the batch"
+
+
+def test_batches_are_looked_at_once_for_what_they_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has both kinds of samples shows what one does that has fewer."""
+    ways = Ways(Passes(own_copy(model_of(left_out(LEFT_OUT["all"])).to(DEVICE, torch.float64)), squares))
+    for inputs, targets in (batch(8, {1}), batch(8, set())):
+        ways(inputs, targets, itself)
+    looks = dict(ways.looks)
+    for _ in range(2):
+        for inputs, targets in (batch(8, {2}), batch(8, set()), batch(8, set(range(8)))):
+            ways(inputs, targets, itself)
+    assert len(looks) == 2
+    assert all(ways.looks[known] == count for known, count in looks.items())
+    assert len(ways.looks) == 3, "of masks alone: none was among those with a mask that answer with them"
+
+
+def test_a_model_that_answers_in_ever_other_ways_is_not_looked_at_for_ever() -> None:
+    def forward(s: Any, x: Tensor, mask: Tensor) -> Tensor:
+        h = s.a(x)
+        for k in range(8):
+            if (x[:, 0, 0] > k).all():
+                h = h + 0.1
+        return s.b(mean(h, mask))  # type: ignore[no-any-return]
+
+    model = model_of(forward).to(DEVICE, torch.float64)
+    ways, loop = Ways(Passes(own_copy(model), squares)), get_backend("naive").grads(model, squares)
+    for _ in range(30):
+        (x, mask), y = batch(8, {1})
+        x[:, 0, 0] = 8 * torch.rand(8, dtype=x.dtype, device=x.device)
+        assert_close(ways((x, mask), y, lambda name, g: g.rows(slice(None))), loop((x, mask), y))
+    assert len(ways.known) <= 18
+
+
+def test_ops_without_a_rule_are_run_under_vmap_with_the_batchs_answers() -> None:
+    def forward(s: Any, x: Tensor, mask: Tensor) -> Tensor:
+        h = (x * (1 + s.w)).tanh()
+        return s.b(h.mean(1) if mask.all() else mean(h, mask))  # type: ignore[no-any-return]
+
+    model = Functional(forward, w=nn.Parameter(real(4)), b=linear(4, 3)).to(DEVICE, torch.float64)
+    ways = Ways(Passes(own_copy(model), squares))
+    loop = get_backend("naive").grads(model, squares)
+    for inputs, targets in BATCHES[:7]:
+        assert ways.way(inputs, targets).name == "under vmap"
+        found = ways(inputs, targets, lambda name, g: g.rows(slice(None)))
+        assert_close(found, loop(inputs, targets))
+
+
+def test_a_random_model_is_not_got_wrong_by_its_answers() -> None:
+    """Dropout draws anew in each call, so it is zeros that show."""
+
+    def forward(s: Any, x: Tensor, mask: Tensor) -> Tensor:
+        h = torch.dropout(s.a(x), 0.5, True)
+        return s.b(mean(h * 0 if (x > 8).any() else h, mask))  # type: ignore[no-any-return]
+
+    fn = get_backend("bookkeeping").grads(model_of(forward).to(DEVICE, torch.float64), squares)
+    for large in (set(), {3}):
+        (x, mask), y = batch(8, {1}, large)
+        found = fn((x, mask), y)["b.weight"].flatten(1).any(1)
+        assert found.tolist() == [i not in large for i in range(8)]
+
+
+def test_a_graph_that_cannot_ask_is_refused() -> None:
+    fn = get_backend("bookkeeping", compile=True).norms(model_of(left_out(LEFT_OUT["all"])).to(DEVICE), squares)
+    (x, mask), y = batch(8, {1})
+    with pytest.raises(Unsupported, match=r"compile=True\): the model asks for values, such as `mask.all\(\)`"):
+        fn((x.float(), mask.float()), y.float())
+
+
+def test_a_model_that_changes_its_inputs_gets_them_whole() -> None:
+    def forward(s: Any, x: Tensor, mask: Tensor) -> Tensor:
+        x.mul_(2)
+        h = s.a(x).tanh()
+        return s.b(h.mean(1) if mask.all() else mean(h, mask))  # type: ignore[no-any-return]
+
+    model = model_of(forward).to(DEVICE, torch.float64)
+    ours, loop = (get_backend(name).grads(model, squares) for name in ("bookkeeping", "naive"))
+    for (x, mask), y in BATCHES[:6]:
+        assert_close(ours((x.clone(), mask), y), loop((x.clone(), mask), y))
+
+
+def test_right_is_right_by_every_quantity() -> None:
+    assert_right(model_of(left_out(LEFT_OUT["all"])).to(DEVICE, torch.float64), *batch(8, {1, 4}))
