@@ -12,6 +12,7 @@ from backends.base import Unsupported, own_copy
 from backends.ops.look import itself
 from backends.ops.passes import Passes
 from backends.ops.ways import Ways
+from testbed.problems import make_problem
 from tests.asserts import CLOSE, assert_close
 from tests.cases import DEVICE, Functional, linear, real, squares
 from tests.habits import assert_right
@@ -209,3 +210,25 @@ def test_a_model_that_changes_its_inputs_gets_them_whole() -> None:
 
 def test_right_is_right_by_every_quantity() -> None:
     assert_right(model_of(left_out(LEFT_OUT["all"])).to(DEVICE, torch.float64), *batch(8, {1, 4}))
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_hugging_faces_masks_cost_nothing(masked: bool) -> None:
+    """Its models ask `if mask.all():`, or whether there is padding and no mask."""
+    pytest.importorskip("transformers")
+    size = {"vocabulary": 100, "width": 16, "depth": 1, "heads": 2}
+    problem = make_problem(
+        "bert",
+        "text",
+        "cross_entropy",
+        model_options={**size, "masked": masked},
+        data_options={"length": 8, "vocabulary": 100, "classes": 3},
+        batch_size=6,
+        dtype=torch.float64,
+        device=DEVICE,
+    )
+    ways = Ways(Passes(own_copy(problem.model), problem.loss_fn))
+    loop = get_backend("naive").grads(problem.model, problem.loss_fn)
+    for inputs, targets in ((problem.inputs, problem.targets), (problem.fresh_inputs, problem.fresh_targets)):
+        assert ways.way(inputs, targets).name == "over the batch"
+        assert_close(ways(inputs, targets, lambda name, g: g.rows(slice(None))), loop(inputs, targets))

@@ -13,15 +13,22 @@ from testbed.problems.forms import tokens
 
 
 class Logits(nn.Module):
-    """A model of the library whose output is a structure, reduced to its logits."""
+    """A model of the library whose output is a structure, reduced to its logits.
 
-    def __init__(self, model: nn.Module, **options: Any) -> None:  # noqa: ANN401  what the model's call takes
+    Args:
+        model: The model.
+        masked: Whether tokens 0 fill up sequences, and are masked.
+        options: What else its call takes.
+    """
+
+    def __init__(self, model: nn.Module, *, masked: bool = False, **options: Any) -> None:  # noqa: ANN401
         super().__init__()
-        self.model, self.options = model, options
+        self.model, self.masked, self.options = model, masked, options
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return logits [N, outputs], or [N, length, vocabulary], of tokens [N, length]."""
-        logits: Tensor = self.model(tokens, **self.options).logits
+        mask = {"attention_mask": (tokens != 0).long()} if self.masked else {}
+        logits: Tensor = self.model(tokens, **mask, **self.options).logits
         return logits
 
 
@@ -34,6 +41,7 @@ def bert(
     depth: Positive = 12,
     heads: Positive = 12,
     frozen: Annotated[int, Field(ge=0)] = 0,
+    masked: bool = False,
 ) -> nn.Module:
     """A BERT classifier of token sequences, BERT-base by default; needs `transformers`.
 
@@ -45,6 +53,7 @@ def bert(
         depth: Blocks.
         heads: Attention heads.
         frozen: Blocks from below that are not trained, and with them the embeddings; 0 trains everything.
+        masked: Whether token 0 only fills up, as in data `text`, and is masked.
     """
     library = _transformers("bert")
     length = tokens("bert", example, vocabulary).shape[1]
@@ -63,7 +72,7 @@ def bert(
     if frozen:
         for part in (model.bert.embeddings, *model.bert.encoder.layer[:frozen]):
             part.requires_grad_(False)
-    return Logits(model)
+    return Logits(model, masked=masked)
 
 
 @register_model("gpt2")
