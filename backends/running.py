@@ -64,6 +64,20 @@ def kept_random_state(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def drawn_again(model: nn.Module) -> Iterator[None]:
+    """Give the global random state back where the block fails: what is tried again draws the same."""
+    gpus = [] if recording() else _gpus(model)
+    states = torch.get_rng_state(), [torch.cuda.get_rng_state(gpu) for gpu in gpus]
+    try:
+        yield
+    except BaseException:
+        torch.set_rng_state(states[0])
+        for gpu, state in zip(gpus, states[1], strict=True):
+            torch.cuda.set_rng_state(state, gpu)
+        raise
+
+
+@contextmanager
 def seeded(model: nn.Module, seed: int) -> Iterator[None]:
     """Seed the global random state in the block, that of the CPU and of the model's devices.
 

@@ -73,7 +73,11 @@ WITHOUT_A_RULE = {
 
 
 UNDER_VMAP = {
-    *WITHOUT_A_RULE,
+    "linear, a vector as weight",
+    "matmul by the other side",
+    "addmm, scaled",
+    "mul, of more axes",
+    "add, scaled",
     "conv2d, several images a sample",  # that function takes one sample apart
     "mul, other samples behind",  # samples are on an axis that the parameter has too
 }

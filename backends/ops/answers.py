@@ -1,13 +1,14 @@
 """What a pass answers when it is asked whether something holds for all, or for any, of its samples.
 
-`if mask.all():` is how models leave out what they need not compute, such as a mask that masks nothing. Of such a
-question it is known what each sample would answer alone. A sample that would answer as the batch does goes the way that
-it goes alone; that the batch's way is right for the others too is looked at, for each kind of them.
+`if mask.all():` is how models leave out what they need not compute, such as a mask that masks nothing. A batch whose
+samples would all answer the same goes the way that each of them goes alone; another one is run in groups that do
+(`ways.py`). What a sample would answer is known of what is made of its own inputs, entry by entry; nothing else is
+answered here.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,193 +20,199 @@ ALL = {torch.all, Tensor.all}
 ANY = {torch.any, Tensor.any}
 SUM = {torch.sum, Tensor.sum}
 EQUAL = {torch.eq, Tensor.eq, Tensor.__eq__}
-TWO = EQUAL | {Tensor.__contains__}
 READ = {Tensor.__bool__, Tensor.item}
-ANSWERED = ALL | ANY | SUM | TWO | READ
-"""Ops that ask, and what is read of the answer: also `value in t`, and `mask.sum() == mask.numel()`."""
+BY_ENTRY = EQUAL | {
+    *(torch.ne, torch.lt, torch.le, torch.gt, torch.ge, torch.logical_not, torch.logical_and, torch.logical_or),
+    *(Tensor.ne, Tensor.lt, Tensor.le, Tensor.gt, Tensor.ge, Tensor.logical_not, Tensor.logical_and, Tensor.logical_or),
+    *(Tensor.__ne__, Tensor.__invert__, Tensor.__and__, Tensor.__or__, Tensor.bitwise_not, Tensor.bitwise_and),
+    *(torch.isnan, torch.isinf, torch.isfinite, Tensor.isnan, Tensor.isinf, Tensor.isfinite, torch.abs, Tensor.abs),
+    *(Tensor.to, Tensor.type, Tensor.bool, Tensor.int, Tensor.long, Tensor.float, Tensor.double, Tensor.clone),
+}
+"""Ops that make each entry of their result of one entry."""
 
+SHAPED = {
+    *(torch.reshape, torch.flatten, torch.unsqueeze, torch.squeeze, Tensor.reshape, Tensor.view, Tensor.flatten),
+    *(Tensor.unsqueeze, Tensor.squeeze, Tensor.contiguous),
+}
+"""Ops that leave entries in their order: those of a sample stay together where there are as many rows as before."""
 
-class Answers(NamedTuple):
-    """A batch's answers.
-
-    Attributes:
-        values: In the order of the questions.
-        kinds: What its samples would answer alone.
-    """
-
-    values: tuple[bool, ...] = ()
-    kinds: frozenset[tuple[bool, ...]] = frozenset()
-
-    def are_as(self, expected: "Answers") -> bool:
-        """Return whether a batch went the way of another one, which had all kinds of its samples."""
-        return self.values == expected.values and self.kinds <= expected.kinds
-
-
-NONE = Answers()
-
-
-class Question(NamedTuple):
-    """A question, and what each sample would answer alone."""
-
-    own: Sequence[bool]
-    every: bool
-
-    @property
-    def value(self) -> bool:
-        """The batch's answer."""
-        return all(self.own) if self.every else any(self.own)
+HEARD = ALL | ANY | SUM | READ | BY_ENTRY | SHAPED | {Tensor.__contains__, Tensor.__getitem__}
+"""Ops that ask, as `if mask.all()`, `value in tokens` and `mask.sum() == mask.numel()` do, and what leads there."""
 
 
 class OtherAnswers(Exception):
-    """A pass is asked something else, or answers otherwise, than the pass that was looked at."""
+    """A pass is asked something else, or answers otherwise, than the pass that was looked at.
+
+    Attributes:
+        own: What each sample would answer, where they are not of one mind.
+    """
+
+    def __init__(self, own: Sequence[bool] | None = None) -> None:
+        super().__init__()
+        self.own = own
 
 
 class _Asked(ABC):
-    """What passes have in common: results of `all` and `any` are known again when their values are read."""
+    """What is asked in a pass.
 
-    def __init__(self) -> None:
-        self._open: dict[int, tuple[Tensor, Tensor, bool]] = {}
+    Args:
+        inputs: What each sample has of its own: tensors [N, ...].
+    """
+
+    def __init__(self, inputs: Iterable[Tensor]) -> None:
+        self._own: dict[int, tuple[Tensor, int]] = {}  # what is made of these, and its version: kept, as its id is
         self._sums: dict[int, tuple[Tensor, Tensor]] = {}
+        self._open: dict[int, tuple[Tensor, int, Tensor]] = {}
+        self._unread: dict[int, tuple[Tensor, Tensor]] = {}
+        for t in inputs:
+            self._own[id(t)] = t, t._version
 
     def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401  as `__torch_function__` is given them
-        """Return what one of `ANSWERED` returns."""
-        if kwargs or not isinstance(args[0], Tensor) or len(args) != 1 + (func in TWO):
-            return func(*args, **(kwargs or {}))
-        t, *value = args
-        if func in READ:
-            return self.read(*self._open[id(t)]) if id(t) in self._open else func(t)
-        if func is Tensor.__contains__:
-            return self(Tensor.__bool__, (self(Tensor.any, (t == value[0],), {}),), {})
-        if func in EQUAL:
-            return self._compared(func, t, value[0])
-        if func in SUM:
-            result = func(t)
-            if t.dtype == torch.bool:
-                self._sums[id(result)] = result, t  # kept, so that no other tensor gets its id
-            return result
-        result, own = self.reduced(func, t)
-        if own is not None:
-            self._open[id(result)] = result, own, func in ALL
+        """Return what one of `HEARD` returns."""
+        kwargs = kwargs or {}
+        t: Any = args[0] if args else None
+        alone = len(args) == 1 and not kwargs
+        if func in READ and alone:
+            self._unread.pop(id(t), None)
+            result, version, own = self._open.get(id(t), (None, 0, None))
+            return self.answer(own) if own is not None and t._version == version else func(t)
+        if func is Tensor.__contains__ and self._is_own(t):
+            return self(Tensor.__bool__, (self(Tensor.any, (self(Tensor.__eq__, args, {}),), {}),), {})
+        if func in EQUAL and id(t) in self._sums and not kwargs:
+            return self._compared(func, t, args[1])
+        result = func(*args, **kwargs)
+        if func in SUM and alone and t.dtype == torch.bool and self._is_own(t):
+            self._sums[id(result)] = result, t.clone()
+        elif (func in ALL or func in ANY) and alone:
+            self._reduced(t, result, every=func in ALL)
+        elif isinstance(result, Tensor) and self._is_made_of_own(func, args, kwargs, result):
+            self._own[id(result)] = result, result._version
         return result
 
+    @abstractmethod
+    def of_each(self, t: Tensor, result: Tensor, *, every: bool) -> Tensor:
+        """Return what each sample would have as the result of `all`, or `any`, over t."""
+
+    @abstractmethod
+    def answer(self, own: Tensor) -> bool:
+        """Return the answer to a question, of which each sample's own is known."""
+
+    def _is_own(self, t: Any) -> bool:  # noqa: ANN401
+        known = self._own.get(id(t))
+        return known is not None and known[0]._version == known[1]
+
+    def _is_made_of_own(self, func: Any, args: Any, kwargs: Any, result: Tensor) -> bool:  # noqa: ANN401
+        t, *others = args
+        if not self._is_own(t):
+            return False
+        if func in SHAPED:
+            return result.dim() > 0 and len(result) == len(t) and result.numel() == t.numel()
+        if func is Tensor.__getitem__:  # of all samples the same
+            first, *rest = others[0] if isinstance(others[0], tuple) else (None,)
+            return isinstance(first, slice) and first == slice(None) and not any(isinstance(i, Tensor) for i in rest)
+        tensors = [o for o in (*others, *kwargs.values()) if isinstance(o, Tensor)]
+        return func in BY_ENTRY and all(self._is_own(o) and o.shape == t.shape for o in tensors)
+
+    def _reduced(self, t: Tensor, result: Tensor, *, every: bool) -> None:
+        self._unread[id(result)] = t, result
+        if self._is_own(t) and result.dtype == torch.bool:
+            self._open[id(result)] = result, result._version, self.of_each(t, result, every=every)
+
     def _compared(self, func: Any, t: Tensor, value: Any) -> Any:  # noqa: ANN401
-        """Return whether something equals a value; a sum of truth values may be as large as it can be, or nothing."""
-        if id(t) in self._sums and isinstance(value, int):
-            counted = self._sums[id(t)][1]
-            if value in (0, counted.numel()):
-                return self(Tensor.all, (counted if value else ~counted,), {})
-        return func(t, value)
-
-    @abstractmethod
-    def reduced(self, func: Any, t: Tensor) -> tuple[Tensor, Tensor | None]:  # noqa: ANN401  one of `ALL` and `ANY`
-        """Return what it returns, and of each sample alone, if that is known."""
-
-    @abstractmethod
-    def read(self, result: Tensor, own: Tensor, every: bool) -> bool:
-        """Return the answer."""
+        """Return whether a sum equals a value; of truth values, it may be as large as it can be, or nothing."""
+        counted = self._sums[id(t)][1]
+        result = func(t, value)
+        if isinstance(value, int) and value in (0, counted.numel()):
+            result = result.clone()  # a tensor of its own
+            own = self.of_each(counted if value else ~counted, result, every=True)
+            self._open[id(result)] = result, result._version, own
+        return result
 
 
 class Asked(_Asked):
     """What a pass over a batch is asked.
 
     Args:
-        samples: N.
+        inputs: What each sample has of its own: tensors [N, ...].
         expected: The answers of the pass that was looked at; None where they are to be found.
     """
 
-    def __init__(self, samples: int, expected: Answers | None = None) -> None:
-        super().__init__()
-        self.samples, self.expected = samples, expected
-        self.questions: list[Question] = []
+    def __init__(self, inputs: Iterable[Tensor], expected: tuple[bool, ...] | None = None) -> None:
+        inputs = list(inputs)
+        super().__init__(inputs)
+        self.samples, self.expected = len(inputs[0]), expected
+        self.given: tuple[bool, ...] = ()
 
-    @property
-    def own(self) -> list[tuple[bool, ...]]:
-        """What each sample would answer alone; nothing if nothing is asked."""
-        return list(zip(*(q.own for q in self.questions), strict=True))
+    def of_each(self, t: Tensor, result: Tensor, *, every: bool) -> Tensor:  # noqa: D102
+        rows = t.reshape(len(t), t.numel() // max(1, len(t)))
+        return rows.all(1) if every else rows.any(1)
 
-    @property
-    def answers(self) -> Answers:
-        """What has been answered."""
-        return Answers(tuple(q.value for q in self.questions), frozenset(self.own))
-
-    def reduced(self, func: Any, t: Tensor) -> tuple[Tensor, Tensor | None]:  # noqa: ANN401, D102
-        if t.dim() == 0 or len(t) != self.samples or t.dtype == torch.uint8:
-            return func(t), None
-        rows = t.reshape(self.samples, t.numel() // self.samples)
-        own = rows.all(1) if func in ALL else rows.any(1)
-        return own.all() if func in ALL else own.any(), own
-
-    def read(self, result: Tensor, own: Tensor, every: bool) -> bool:
+    def answer(self, own: Tensor) -> bool:
         """Return the answer.
 
         Raises:
-            OtherAnswers: It is not as expected.
+            OtherAnswers: It is not as expected, or samples are not of one mind.
         """
         if capturing(own):
             raise RuntimeError("what is recorded has no answers")
         with unheard():
-            question = Question(own.tolist(), every)
-        count = len(self.questions)
-        self.questions.append(question)
-        if self.expected and self.expected.values[count : count + 1] != (question.value,):
+            each: list[bool] = own.tolist()
+        if len(set(each)) > 1:
+            raise OtherAnswers(each)
+        self.given += (each[0],)
+        if self.expected is not None and self.expected[: len(self.given)] != self.given:
             raise OtherAnswers
-        return question.value
+        return each[0]
 
     def end(self) -> None:
         """Say that the pass has been asked all.
 
         Raises:
-            OtherAnswers: It has not gone the expected way, or samples of a kind that was not there.
+            OtherAnswers: That is less than expected.
+            RuntimeError: What holds for all samples, or for any, is used as a number.
         """
-        if self.expected and not self.answers.are_as(self.expected):
+        if any(t.dim() > 0 and len(t) == self.samples for t, _ in self._unread.values()):
+            raise RuntimeError("samples depend on what holds for others")
+        if self.expected is not None and self.expected != self.given:
             raise OtherAnswers
 
 
 class Told(_Asked):
-    """The answers of a pass under vmap, where no sample knows of others: the batch's, as they should be.
+    """The answers of a pass under vmap, where no sample knows of others: what all of them should answer.
 
     Args:
-        expected: These.
-        counted: Whether those are among them that vmap gives itself, since they are the same for all samples.
+        inputs: What a sample has of its own.
+        expected: The answers.
     """
 
-    def __init__(self, expected: Answers, counted: bool = False) -> None:
-        super().__init__()
-        self.expected, self.counted = expected, counted
+    def __init__(self, inputs: Iterable[Tensor], expected: tuple[bool, ...]) -> None:
+        super().__init__(inputs)
+        self.expected = expected
         self.own: list[Tensor] = []
-        self.every: list[bool] = []
 
-    def anew(self) -> "Told":
-        """Return the same for another pass."""
-        return Told(self.expected, self.counted)
+    def of_each(self, t: Tensor, result: Tensor, *, every: bool) -> Tensor:  # noqa: D102
+        return result
 
-    def reduced(self, func: Any, t: Tensor) -> tuple[Tensor, Tensor | None]:  # noqa: ANN401, D102
-        result = func(t)
-        return result, result
+    def answer(self, own: Tensor) -> bool:
+        """Return the answer.
 
-    def read(self, result: Tensor, own: Tensor, every: bool) -> bool:  # noqa: D102
-        try:
-            given = bool(result)
-        except RuntimeError:  # it belongs to a sample
-            if len(self.own) == len(self.expected.values):
-                raise
-        else:
-            if not self.counted:
-                return given
-            if len(self.own) == len(self.expected.values):
-                raise OtherAnswers
-            own = torch.tensor(given)
+        Raises:
+            RuntimeError: None is known.
+        """
+        if len(self.own) == len(self.expected):
+            raise RuntimeError("there is no answer to this")
         self.own.append(own)
-        self.every.append(every)
-        return self.expected.values[len(self.own) - 1]
+        return self.expected[len(self.own) - 1]
 
     def check(self, own: Sequence[Tensor]) -> None:
         """Say what each sample would have answered [N], question by question; vmap is over.
 
         Raises:
-            OtherAnswers: That does not make the answers that were told.
+            OtherAnswers: That is not what they were told.
         """
-        asked = Asked(0)
-        asked.questions = [Question(t.tolist(), every) for t, every in zip(own, self.every, strict=True)]
-        if own and not asked.answers.are_as(self.expected):
+        for t, told in zip(own, self.expected, strict=False):
+            each: list[bool] = t.tolist()
+            if any(answer != told for answer in each):
+                raise OtherAnswers(each if len(set(each)) > 1 else None)
+        if len(own) != len(self.expected):
             raise OtherAnswers

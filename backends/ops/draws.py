@@ -24,39 +24,54 @@ Draws: TypeAlias = Literal["nothing", "dropout", "otherwise"]
 """What a model draws. Dropout keeps samples apart, whatever it draws; by other numbers, one in a million batches may be
 mixed, and numbers of other generators than torch's no seed of torch repeats."""
 
-DROPOUT = {
-    torch.dropout,
-    torch.dropout_,
-    torch.feature_dropout,
-    torch.alpha_dropout,
-    F.dropout,
-    F.dropout1d,
-    F.dropout2d,
-    F.dropout3d,
-    F.alpha_dropout,
-    F.feature_alpha_dropout,
-    F.scaled_dot_product_attention,
-    F.multi_head_attention_forward,
-    torch.lstm,
-    torch.gru,
-    torch.rnn_tanh,
-    torch.rnn_relu,
+PLAIN = {
+    *(torch.dropout, torch.dropout_, torch.feature_dropout, torch.alpha_dropout, F.dropout, F.dropout1d, F.dropout2d),
+    *(F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
 }
+DROPOUT = PLAIN | {F.scaled_dot_product_attention}
 """Ops that draw for dropout only."""
 
+PROBABILITY = 4  # where `dropout_p` stands among the arguments of attention
 
-def draws(passes: "Passes", sample: Sample) -> Draws:
-    """Return what a model draws."""
-    device = next(iter(passes.values.values())).device
+
+def draws(passes: "Passes", batch: Sample) -> Draws:
+    """Return what a model draws for a few samples; for one, if it runs only these alone."""
+    try:
+        return _drawn(passes, batch)
+    except Exception as error:  # whatever a model's code may raise
+        if lack_of_memory(error) or len(batch[1]) == 1:
+            raise
+        return _drawn(passes, alone(batch, 0))
+
+
+def _drawn(passes: "Passes", batch: Sample) -> Draws:
+    device = batch[1].device
     python, states = _of_python(), _States(device)
     with _Drawing(device) as drawing:
-        first = passes.plain(*copied(sample))
+        first = passes.plain(*copied(batch))
     if _of_python() != python or drawing.otherwise:
         return "otherwise"
-    once, again = (first, passes.plain(*copied(sample)))
+    once, again = first, passes.plain(*copied(batch))
     if drawn := _States(device) != states:
-        once, again = (truths(passes, sample, [0], "dropout")[0] for _ in range(2))
+        once, again = (truths(passes, batch, [0], "dropout")[0] for _ in range(2))
     return "otherwise" if not near(once, again) else "dropout" if drawn else "nothing"
+
+
+def without_dropout() -> TorchFunctionMode:
+    """Return a context in which dropout drops nothing."""
+    return _WithoutDropout()
+
+
+class _WithoutDropout(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        kwargs = kwargs or {}
+        if func in PLAIN:
+            return args[0] if args else kwargs["input"]
+        if func is F.scaled_dot_product_attention:
+            args, others = args[:PROBABILITY], args[PROBABILITY + 1 :]
+            named = dict(zip(("is_causal",), others, strict=True)) if others else {}
+            return func(*args, **{**kwargs, **named, "dropout_p": 0.0})
+        return func(*args, **kwargs)
 
 
 class _Drawing(TorchFunctionMode):

@@ -19,18 +19,17 @@ from torch import Tensor
 from backends import precision
 from backends.base import Named
 from backends.batch import Batch, apply, call, size, tensors
-from backends.ops.answers import NONE, Answers
-from backends.ops.draws import Draws, draws, draws_as_without_rules, truths
+from backends.ops.answers import OtherAnswers
+from backends.ops.draws import Draws, draws, draws_as_without_rules, truths, without_dropout
 from backends.ops.few import Sample, alone, copied, row
 from backends.ops.footprint import Footprint, pairs, saved
-from backends.ops.kinds import right_for_others, show, with_each_kind
 from backends.ops.made_up import Kind, scaled, with_another
 from backends.ops.near import COARSE, KINKS, KINKS_COARSELY, fingerprint, near, same
 from backends.ops.persample import PerSample
 from backends.ops.places import Layout
 from backends.ops.questions import Questions
 from backends.precision import rounding
-from backends.probe import some, some_targets, spread
+from backends.probe import some, some_targets
 from backends.running import kept_buffers, seeded
 from backends.shortage import lack_of_memory
 
@@ -67,28 +66,36 @@ class Looked(NamedTuple):
 
 
 @precision.without_tf32()  # which hides what a sample shows of others, as other coarse arithmetic does
-def looked(passes: "Passes", inputs: Batch, targets: Tensor, answers: Answers | None) -> Looked:
-    """Return which ways are right where the batch gives these answers, if it gives any, and what they hold."""
-    whole = inputs, targets
-    asks = bool(answers and answers.values)
-    few = _few(*(with_each_kind(passes, whole, spread(size(inputs), max(SIZES)).tolist()) if asks else whole))
-    shown = answers is not None and (not asks or show(passes, answers, few))
-    known = answers if answers is not None and shown else NONE
-    look = _Look(passes, whole, few, known, draws(passes, alone(few[0], 0)))
+def looked(passes: "Passes", inputs: Batch, targets: Tensor, answers: tuple[bool, ...] | None) -> Looked:
+    """Return which ways are right where all samples give these answers, if they are to give any, and what they hold.
+
+    Of dropout, a pass over the batch must be right without it too, since gradients cannot be held against those of a
+    sample alone where it draws.
+    """
+    whole, few = (inputs, targets), _few(inputs, targets)
+    drawn = draws(passes, few[-1])
+    look = _Look(passes, whole, few, answers or (), drawn)
     plain = passes.one_by_one(with_rules=False)
     if size(inputs) == 1:
         right, _ = look.judged(look.run(passes.one_by_one(with_rules=True)))
         return Looked([*(c.way for c in right), plain], True, look.footprint(right))
-    over = list(look.over_the_batch()) if shown else []
-    right, prints = look.judged([*over, *look.run(passes.under_vmap(True, known))])
+    sure, over = True, list[_Candidate]()
+    if drawn == "dropout" and answers is not None:
+        with without_dropout():
+            dry = look._replace(drawn="nothing")
+            right, prints = dry.judged(list(dry.over_the_batch()))
+        sure = all(_tells_apart(c.layout, prints, size(inputs)) for c in right if c.layout)
+        over = list(look.over_the_batch()) if right and sure else []
+    elif drawn == "nothing" and answers is not None:
+        over = list(look.over_the_batch())
+    right, prints = look.judged([*over, *look.run(passes.under_vmap(True, look.answers))])
     others = [c for c in right if c.layout is None]
-    if asks and not others:
-        others = look.judged(look.run(passes.under_vmap(True, known, counted=True)))[0]
     if not others:
-        others = look.judged(look.run(passes.under_vmap(False, known), passes.one_by_one(with_rules=True)))[0]
+        slower = passes.under_vmap(False, look.answers), passes.one_by_one(with_rules=True)
+        others = look.judged(look.run(*slower))[0]
     answered = any(c.way.name != plain.name for c in others)  # by vmap
     over = [c for c in right if c.layout is not None and (answered or not c.asks)]
-    sure = all(_tells_apart(c.layout, prints, size(inputs)) for c in over if c.layout)
+    sure = sure and all(_tells_apart(c.layout, prints, size(inputs)) for c in over if c.layout)
     found = [*(over[:1] if sure else []), *others]
     return Looked([*(c.way for c in found), plain], sure, look.footprint(found))
 
@@ -98,19 +105,19 @@ def holds(passes: "Passes", way: "Way", inputs: Batch, targets: Tensor) -> bool:
     """Return whether a way finds what plain autograd does for some samples of a whole batch, as far as memory allows.
 
     A few samples do not show what begins with more of them: a capacity, a share that is dropped, a rare outlier. So the
-    samples of the least and the largest loss are looked at, and the last one.
+    samples of the least and the largest loss are looked at, and the last one; without dropout.
     """
     whole, n = (inputs, targets), size(inputs)
     try:
-        drawn = draws(passes, alone(whole, 0))
-        with seeded(passes.model, 0), kept_buffers(passes.model):
-            losses = passes.loss_fn(call(passes.model, apply(torch.clone, inputs)), targets.clone()).detach()
-        some = sorted({int(losses.argmin()), int(losses.argmax()), n - 1})
-        with seeded(passes.model, 0), kept_buffers(passes.model):
-            found = way.run(*copied(whole), lambda _, g: [g.rows(slice(i, i + 1))[0].clone() for i in some])
-        slack = KINKS if rounding(next(iter(passes.values.values()))) < COARSE else KINKS_COARSELY
-        each = enumerate(truths(passes, whole, some, drawn))
-        return all(near({name: rows[k] for name, rows in found.items()}, truth, slack) for k, truth in each)
+        with without_dropout():
+            with kept_buffers(passes.model):
+                losses = passes.loss_fn(call(passes.model, apply(torch.clone, inputs)), targets.clone()).detach()
+            some = sorted({int(losses.argmin()), int(losses.argmax()), n - 1})
+            with kept_buffers(passes.model):
+                found = way.run(*copied(whole), lambda _, g: [g.rows(slice(i, i + 1))[0].clone() for i in some])
+            each = enumerate(truths(passes, whole, some, "nothing"))
+            slack = KINKS if rounding(next(iter(passes.values.values()))) < COARSE else KINKS_COARSELY
+            return all(near({name: rows[k] for name, rows in found.items()}, truth, slack) for k, truth in each)
     except Exception as error:
         if lack_of_memory(error):
             return True
@@ -128,14 +135,14 @@ class _Look(NamedTuple):
         passes: The model's.
         whole: The batch.
         few: Samples of it, in order and backwards.
-        answers: What it answers.
+        answers: What all of them answer.
         drawn: What the model draws.
     """
 
     passes: "Passes"
     whole: Sample
     few: Sequence[Sample]
-    answers: Answers
+    answers: tuple[bool, ...]
     drawn: Draws
 
     def footprint(self, right: Sequence[_Candidate]) -> Footprint:
@@ -172,18 +179,16 @@ class _Look(NamedTuple):
 
     def _over_the_batch(self, apart: bool) -> _Candidate | None:
         found, batch = None, self.few[-1]
-        if self.drawn == "otherwise":
-            return None
         with going_on():
             with Questions() as questions:
                 (first, earlier, _), (second, layout, seen) = (self._seen(batch, apart) for batch in self.few)
-            earlier, layout = (each._replace(answers=self.answers) for each in (earlier, layout))
-            placed = earlier == layout and not questions.ordered and self.passes.copies_are_apart(*copied(batch))
+            placed = earlier == layout and layout.answers == self.answers and not questions.ordered
+            placed = placed and self.passes.copies_are_apart(*copied(batch))
             others = (self._with_another(*other) for other in OTHERS)
             if placed and not any(self._is_touched(*other, seen, apart) for other in others):
                 by_size = scaled(batch, *self.whole)
                 if self._are_right(by_size, self._made_up(by_size, apart)[0]):
-                    way = self.passes.over_the_batch(layout, apart=apart)
+                    way = self.passes.over_the_batch(layout)
                     found = _Candidate(way, [first, second], layout, questions.asked)
         return found
 
@@ -195,11 +200,14 @@ class _Look(NamedTuple):
         """Return a batch with another sample, and which are as they were; inputs that would change answers are, too."""
 
         def goes_elsewhere(made: Sample) -> bool:
-            return not self.passes.asked(*made).answers.are_as(self.answers)
+            try:
+                return self.passes.asked(*made).given != self.answers
+            except OtherAnswers:
+                return True
 
         batch, inputs = self.few[-1], self.whole[0]
         made, kept = with_another(batch, place, inputs, kind)
-        if self.answers.values and goes_elsewhere(made):
+        if self.answers and goes_elsewhere(made):
             every = range(len(tensors(batch[0])))
             changed = [k for k in every if not goes_elsewhere(with_another(batch, place, inputs, kind, [k])[0])]
             made, kept = with_another(batch, place, inputs, kind, changed)
@@ -222,7 +230,7 @@ class _Look(NamedTuple):
         """
         with going_on():
             found, made_up, seen = self._seen(batch, apart)
-            if made_up.answers.are_as(self.answers):
+            if made_up.answers == self.answers:
                 return found, seen
         return {}, []
 
@@ -256,7 +264,7 @@ class _Look(NamedTuple):
                 right = [c for c in right if c not in wrong]
                 for name, g in truth.items():
                     prints[name].append(fingerprint(g))
-        return [c for c in right if right_for_others(self.passes, c.way, self.few)], prints
+        return right, prints
 
 
 def _tells_apart(layout: Layout, prints: dict[str, list[tuple[float, ...]]], n: int) -> bool:

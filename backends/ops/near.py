@@ -23,9 +23,6 @@ multiplied in other blocks: more of a net's ReLUs are on the other side of a kin
 KINKS_COARSELY = 3.0
 """The same of bfloat16 and float16, where ten times as far would be as far as the gradient is long."""
 
-STRICT = 2.0**-10
-"""Times as far apart they may be where a way has left out what makes no difference: about 64 roundings of float32."""
-
 UNTOUCHED = 64
 """Roundings by which what a sample shows may change with another sample: matrices may be multiplied in other blocks."""
 

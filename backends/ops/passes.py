@@ -3,9 +3,9 @@
 The passes run over the batch where every use of a parameter is by an op that a rule covers, with the samples in one
 place; where a few samples, in order and backwards, show the gradients that each has when it is run alone; and where
 nothing asks for values that belong to a sample, by which others might go another way, but whether something holds for
-all of them, or for any (`answers.py`). Control flow and layout may depend on the form of the inputs, so each form is
-looked at anew (`ways.py`). A parameter [1, ...] (a position embedding, say) may be used by any op: it is there as
-[N, ...].
+the inputs of all of them, or of any (`answers.py`). Control flow and layout may depend on the form of the inputs, so
+each form is looked at anew (`ways.py`). A parameter [1, ...] (a position embedding, say) may be used by any op: it is
+there as [N, ...].
 
 Elsewhere they run under `torch.func.vmap`, where what belongs to a sample is known by construction, whatever the model
 does with its axes. Every trainable parameter is there as N copies, one a sample, which take no memory (stride 0):
@@ -27,17 +27,17 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from backends import precision
-from backends.base import LossFn, Named, full_copy, trainable
-from backends.batch import Batch, apply, call, size, take
-from backends.ops.answers import NONE, Answers, Asked, Told
-from backends.ops.kinds import Again
-from backends.ops.look import going_on, itself
+from backends.base import LossFn, Named, trainable
+from backends.batch import Batch, apply, call, size, take, tensors
+from backends.ops.answers import Asked, OtherAnswers, Told
+from backends.ops.look import itself
 from backends.ops.persample import Dense, PerSample
 from backends.ops.places import Layout
 from backends.ops.recurrent import leave_unflattened
 from backends.ops.several import Stacked
 from backends.ops.taps import Each, Recorder, Uncovered
 from backends.running import kept_attributes, kept_buffers, kept_random_state
+from backends.shortage import lack_of_memory
 
 PerParameter: TypeAlias = dict[str, PerSample]
 
@@ -51,13 +51,11 @@ class Way(NamedTuple):
         name: Its name.
         run: Runs it.
         answers: It is right where the batch gives these.
-        again: Runs it where the batch may give others, and returns all.
     """
 
     name: str
     run: Callable[[Batch, Tensor, Each], dict[str, Any]]
-    answers: Answers = NONE
-    again: Again | None = None
+    answers: tuple[bool, ...] = ()
 
 
 @dataclass
@@ -81,56 +79,50 @@ class Passes:
         self._names = _by_identity(self.parameters)
 
     def asked(self, inputs: Batch, targets: Tensor) -> Asked:
-        """Return what a pass over a batch is asked; nothing where there is none."""
-        asked, failed = Asked(size(inputs)), True
-        with going_on(), kept_buffers(self.model), kept_random_state(self.model), kept_attributes(self.model):
-            self._forward(apply(torch.clone, inputs), targets.clone(), asked=asked)
-            failed = False
-        return Asked(size(inputs)) if failed else asked
-
-    def in_float64(self) -> "Passes":
-        """Return the same passes of a copy in float64.
+        """Return what a pass over a batch is asked; nothing where there is none.
 
         Raises:
-            Uncovered: There are complex parameters.
+            OtherAnswers: Its samples are not of one mind.
         """
-        if any(p.is_complex() for p in self.values.values()):
-            raise Uncovered
-        return Passes(full_copy(self.model).to(torch.float64), self.loss_fn)
+        inputs, targets = apply(torch.clone, inputs), targets.clone()
+        asked = Asked([*tensors(inputs), targets])
+        try:
+            with kept_buffers(self.model), kept_random_state(self.model), kept_attributes(self.model):
+                self._forward(inputs, targets, asked=asked)
+        except OtherAnswers:
+            raise
+        except Exception as error:  # whatever a model's code may raise
+            if lack_of_memory(error):
+                raise
+            return Asked([targets])
+        return asked
 
-    def over_the_batch(self, layout: Layout, *, apart: bool) -> Way:
+    def over_the_batch(self, layout: Layout) -> Way:
         """Return the way over the batch, where the samples' places are known."""
 
-        def again(passes: Passes, inputs: Batch, targets: Tensor) -> PerParameter:
-            return passes.looked_at(inputs, targets, apart=apart)[0]
-
         def run(inputs: Batch, targets: Tensor, each: Each) -> dict[str, Any]:
-            asked = Asked(size(inputs), layout.answers)
+            asked = Asked([*tensors(inputs), targets], layout.answers)
             recorder, _ = self._batch_pass(inputs, targets, known=layout, each=each, asked=asked)
             asked.end()
             if (recorder.at, recorder.copies) != (layout.names, layout.copies):
                 raise Uncovered
             return recorder.all_wanted(size(inputs))
 
-        return Way(OVER_THE_BATCH, run, layout.answers, again)
+        return Way(OVER_THE_BATCH, run, layout.answers)
 
     def looked_at(self, inputs: Batch, targets: Tensor, *, apart: bool) -> tuple[PerParameter, Layout, list[Tensor]]:
         """Return what a pass over the batch finds, the samples' places in it, and what was seen at taps [N, ...]."""
-        seen, asked = list[Tensor](), Asked(size(inputs))
+        seen, asked = list[Tensor](), Asked([*tensors(inputs), targets])
         with kept_buffers(self.model):
             recorder, shared = self._batch_pass(inputs, targets, apart=apart, seen=seen, asked=asked)
-        uses = {name: count for name, count in recorder.uses.items() if name not in shared}
-        layout = Layout(recorder.places, uses, recorder.at, recorder.copies, asked.answers)
-        return recorder.all_wanted(size(inputs)), layout, seen
+        asked.end()
+        found = recorder.all_wanted(size(inputs))
+        uses = {name: count for name, count in recorder.uses.items() if name in self.values and name not in shared}
+        return found, Layout(recorder.places, uses, recorder.at, recorder.copies, asked.given), seen
 
-    def under_vmap(self, with_rules: bool, answers: Answers = NONE, counted: bool = False) -> Way:
-        """Return the way under vmap, where the batch gives these answers, counted as `Told` does."""
-
-        def again(passes: Passes, inputs: Batch, targets: Tensor) -> PerParameter:
-            way = passes.under_vmap(with_rules, passes.asked(inputs, targets).answers, counted)
-            return way.run(inputs, targets, itself)
-
-        return Way("under vmap", partial(self._vmapped, with_rules, Told(answers, counted)), answers, again)
+    def under_vmap(self, with_rules: bool, answers: tuple[bool, ...] = ()) -> Way:
+        """Return the way under vmap, where all samples give these answers."""
+        return Way("under vmap", partial(self._vmapped, with_rules, answers), answers)
 
     def one_by_one(self, *, with_rules: bool) -> Way:
         """Return the way that runs one sample at a time."""
@@ -195,26 +187,29 @@ class Passes:
             raise Uncovered
         return recorder, losses, token, copies
 
-    def _vmapped(self, with_rules: bool, told: Told, inputs: Batch, targets: Tensor, each: Each) -> dict[str, Any]:
-        n, told = size(inputs), told.anew()
+    def _vmapped(
+        self, with_rules: bool, answers: tuple[bool, ...], inputs: Batch, targets: Tensor, each: Each
+    ) -> dict[str, Any]:
+        n = size(inputs)
         copies = {name: p.expand(n, *p.shape).requires_grad_() for name, p in self.values.items()}
-        recorders: list[Recorder] = []
+        recorders, tellers = list[Recorder](), list[Told]()
 
         def loss(
             copies: Named, token: Tensor, buffers: Named, inputs: Batch, targets: Tensor
         ) -> tuple[Tensor, list[Tensor]]:
-            recorders.append(self._recorder(copies, token, asked=told, with_rules=with_rules, each=each))
             inputs, targets = apply(lambda t: t[None], inputs), apply(lambda t: t[None], targets)
+            tellers.append(Told([*tensors(inputs), targets], answers))
+            recorders.append(self._recorder(copies, token, asked=tellers[0], with_rules=with_rules, each=each))
             with recorders[0]:
                 outputs = call(lambda *a, **k: functional_call(self.model, (copies, buffers), a, k), inputs)
-                return self.loss_fn(outputs, targets).sum(), told.own
+                return self.loss_fn(outputs, targets).sum(), tellers[0].own
 
         token, buffers = self._token(n), {name: b.clone() for name, b in self.model.named_buffers()}
         with kept_attributes(self.model):  # a tensor of vmap's is dead after it
             leave_unflattened(self.model)
             vmapped = vmap(loss, (0, 0, None, 0, 0), randomness="different")
             losses, own = vmapped(copies, token, buffers, inputs, targets)
-        told.check(own)
+        tellers[0].check(own)
         by_copies, missed = self._backward(recorders[0], losses, token, copies)
         if missed:  # a parameter is used by a reference that the model has kept, which is no copy
             raise Uncovered

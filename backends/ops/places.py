@@ -5,8 +5,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from backends.ops.answers import NONE, Answers
-
 
 class Place(NamedTuple):
     """Where the samples are in what goes into an op and comes out of it, in a pass over the batch.
@@ -58,7 +56,7 @@ class Layout(NamedTuple):
     uses: Mapping[str, int]
     names: Sequence[tuple[str, ...]]
     copies: Sequence[str]
-    answers: Answers = NONE
+    answers: tuple[bool, ...] = ()
 
 
 def likely(x: Tensor, n: int, apart: bool) -> list[Place]:

@@ -1,6 +1,6 @@
 """Several at a time: uses of one parameter, samples that were run one at a time, small parameters side by side."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -41,6 +41,48 @@ class Sum(PerSample):
         for term in others:
             total += term.weighted(factors)
         return total
+
+
+@dataclass
+class Grouped(PerSample):
+    """Gradients of samples that were run in two groups, each in the order of the batch.
+
+    Attributes:
+        groups: Those of the first group and of the second.
+        first: Whether a sample is in the first one.
+    """
+
+    groups: list[PerSample]
+    first: Sequence[bool]
+
+    def __post_init__(self) -> None:
+        self.samples, self.shape, self.like = len(self.first), self.groups[0].shape, self.groups[0].like
+
+    def rows(self, some: slice) -> Tensor:  # noqa: D102
+        start, stop, _ = some.indices(self.samples)
+        out = self.like.new_empty(stop - start, *self.shape)
+        for group, members in self._members():
+            here = members[start:stop]
+            before = int(members[:start].sum())
+            out[here] = group.rows(slice(before, before + int(here.sum()))).to(out.dtype)
+        return out
+
+    def held(self) -> int:  # noqa: D102
+        return sum(group.held() or group.bytes() for group in self.groups)
+
+    def squares(self) -> Tensor:  # noqa: D102
+        found = [(group.squares(), members) for group, members in self._members()]
+        out = found[0][0].new_empty(self.samples)
+        for squares, members in found:
+            out[members] = squares
+        return out
+
+    def weighted(self, factors: Tensor, empty: Empty = fresh) -> Tensor:  # noqa: D102
+        return sum_of(group.weighted(factors[members]) for group, members in self._members())
+
+    def _members(self) -> list[tuple[PerSample, Tensor]]:
+        first = torch.tensor(self.first, device=self.like.device)
+        return list(zip(self.groups, (first, ~first), strict=True))
 
 
 @dataclass

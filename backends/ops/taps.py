@@ -6,9 +6,10 @@ uses adds its own term. How the passes are run is in `passes.py`.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, TypeAlias
 
 import torch
@@ -17,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from backends import precision
 from backends.base import Named
-from backends.ops.answers import ANSWERED, Asked, Told
+from backends.ops.answers import HEARD, Asked, Told
+from backends.ops.made import Made, Through
 from backends.ops.persample import PerSample
 from backends.ops.places import ALONE, SHARED, Layout, Place, likely
 from backends.ops.rules import OVER_THE_BATCH, ROLES, RULES, UNDER_VMAP, Bound, Op, Rule
@@ -161,6 +163,7 @@ class Recorder(TorchFunctionMode):
         seen: Where it is wanted, what went into each tap [N, ...], and then what came back, the last one first.
         uses: How many uses of each parameter are through.
         asked: What the model asks for, and is answered.
+        made: In a pass over the batch, what is made of parameters alone, by names like theirs.
     """
 
     names: dict[int, str]
@@ -179,6 +182,7 @@ class Recorder(TorchFunctionMode):
     seen: list[Tensor] | None = None
     uses: Counter[str] = field(default_factory=Counter)
     asked: Asked | Told | None = None
+    made: dict[str, Made] = field(default_factory=dict)
     forward_is_over: bool = False
 
     def __post_init__(self) -> None:
@@ -207,17 +211,24 @@ class Recorder(TorchFunctionMode):
     def all_wanted(self, samples: int) -> dict[str, Any]:
         """Return what is wanted of each parameter's gradients; both passes are over."""
         with precision.without_autocast(self.token.device):
+            for name, made in self.made.items():
+                if pieces := self.found.pop(name):
+                    later = added(pieces, samples, self.values[name])
+                    for parameter, p in made.of.items():
+                        self.take(parameter, Through(later, made.tensor, p))
             for name in list(self.found):
                 self._finish(name, samples)
-        return {name: self.wanted[name] for name in self.values}
+        return {name: self.wanted[name] for name in self.values if name not in self.made}
 
     def _finish(self, name: str, samples: int) -> None:
         self.wanted[name] = self.each(name, added(self.found.pop(name), samples, self.values[name]))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        if self.samples is not None and self.samples > 1 and (of := self._parameters(args, kwargs or {})):
+            return self._made(func(*args, **(kwargs or {})), of)
         if func in self._rewrites:
             return self._rewritten(func, args, kwargs or {})
-        if func in ANSWERED and self.asked is not None:
+        if func in HEARD and self.asked is not None:
             return self.asked(func, args, kwargs)
         if func in self._rules and (bound := self._bound(self._rules[func], args, kwargs or {})):
             names = {role: self.names[p] for role in ROLES if (p := id(bound.arguments.get(role))) in self.names}
@@ -226,6 +237,28 @@ class Recorder(TorchFunctionMode):
                 if self._rules[func].covers(bound.arguments):
                     return self._tapped(func, bound, names)
         return func(*args, **(kwargs or {}))
+
+    def _parameters(self, args: Any, kwargs: Any) -> dict[str, Tensor]:  # noqa: ANN401
+        """Return the parameters that an op's tensors are, or are made of; none where one may belong to samples."""
+        found: dict[str, Tensor] = {}
+        for a in (*args, *kwargs.values()):
+            for t in a if isinstance(a, list | tuple) else (a,):
+                if isinstance(t, Tensor):
+                    name = self.names.get(id(t))
+                    if name is None or t.shape != self.values[name].shape:  # which a copy for each sample has not
+                        return {}
+                    found.update(self.made[name].of if name in self.made else {name: t})
+        return found
+
+    def _made(self, result: Any, of: Mapping[str, Tensor]) -> Any:  # noqa: ANN401  whatever an op returns
+        if not self.made:
+            self.names, self.values = dict(self.names), dict(self.values)  # they are shared by all passes
+        for t in result if isinstance(result, list | tuple) else (result,):
+            if isinstance(t, Tensor) and t.requires_grad and t.is_floating_point() and id(t) not in self.names:
+                name = f"made {len(self.made)}"  # no parameter has a name with a space
+                self.made[name] = Made(t, of)
+                self.names[id(t)], self.values[name], self.found[name] = name, t.detach(), []
+        return result
 
     def _bound(self, rule: Rule, args: Any, kwargs: Any) -> Bound | None:  # noqa: ANN401
         if rule.commutes:  # elementwise: most have no parameter, and none of these may take long
@@ -248,7 +281,8 @@ class Recorder(TorchFunctionMode):
         y = bound.call(func)
         if self.samples is not None:
             place = self._place(x, y, self.samples)
-            self.at.append(tuple(names.values()))
+            of = [self.made[name].of if name in self.made else [name] for name in names.values()]
+            self.at.append(tuple(chain.from_iterable(of)))
             if place == SHARED:
                 x, y, place = (*(t.expand(self.samples, *t.shape[1:]) for t in (x, y)), Place(0))
             self.show(place.samples_first(x))

@@ -58,7 +58,7 @@ class Compiled(Generic[R]):
         way = self.passes.way(inputs, targets)
         if way.name == ONE_BY_ONE:
             raise Unsupported("`model` (compile=True): its samples are run one by one, which is no single graph")
-        if way.answers.values:
+        if way.answers:
             why = "the model asks for values, such as `mask.all()`, by which one graph cannot go different ways"
             raise Unsupported(f"`model` (compile=True): {why}")
         self.made(way, inputs, targets)  # chooses the fastest contractions

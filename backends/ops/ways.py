@@ -1,20 +1,23 @@
 """Which way both passes of a model are run: looked for once for each form of the inputs, and what the batch answers."""
 
 from collections import Counter
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from backends import precision
 from backends.batch import Batch, apply, signature, size, take, tensors
-from backends.ops.answers import NONE, Answers, OtherAnswers
+from backends.ops.answers import OtherAnswers
 from backends.ops.choice import CHOSEN, capturing
 from backends.ops.footprint import NOTHING, Footprint
 from backends.ops.look import going_on, holds, itself, looked
 from backends.ops.passes import ONE_BY_ONE, OVER_THE_BATCH, Passes, Way
+from backends.ops.several import Grouped
 from backends.ops.taps import Each
-from backends.running import kept_attributes, kept_buffers, kept_random_state
+from backends.running import drawn_again, kept_attributes, kept_buffers, kept_random_state
 from backends.shortage import lack_of_memory
 
 MOST = 16  # different answers of one form; a batch that then answers otherwise is run without
@@ -25,7 +28,7 @@ class Known(NamedTuple):
     """What the ways to run both passes are known by: the form of the inputs, and what the batch answers, if it will."""
 
     form: object
-    answers: Answers | None
+    answers: tuple[bool, ...] | None
 
 
 @dataclass
@@ -46,7 +49,7 @@ class Ways:
     """
 
     of: Passes
-    answers: dict[object, Answers | None] = field(default_factory=dict)
+    answers: dict[object, tuple[bool, ...] | None] = field(default_factory=dict)
     known: dict[Known, list[Way]] = field(default_factory=dict)
     unsure: dict[Known, list[Way]] = field(default_factory=dict)
     looks: Counter[Known] = field(default_factory=Counter)
@@ -57,14 +60,30 @@ class Ways:
     held: Counter[Known] = field(default_factory=Counter)
 
     def __call__(self, inputs: Batch, targets: Tensor, each: Each) -> dict[str, Any]:
-        """Run both passes; what a way cannot do with these very inputs, the next one does."""
+        """Run both passes; samples that answer otherwise than others are a batch of their own."""
+        try:
+            return self._of_one_mind(inputs, targets, each)
+        except OtherAnswers as other:
+            if other.own is None:
+                raise
+            own = torch.tensor(other.own, device=targets.device)
+            groups = [torch.nonzero(own == answer)[:, 0] for answer in (True, False)]
+            found = [self(take(inputs, group), targets[group], itself) for group in groups]
+            with torch.no_grad(), precision.without_autocast(targets.device):
+                return {name: each(name, Grouped([f[name] for f in found], other.own)) for name in self.of.values}
+
+    def _of_one_mind(self, inputs: Batch, targets: Tensor, each: Each) -> dict[str, Any]:
         form = _form(inputs, targets)
         if form not in self.answers or self._may_answer_better(form):
             self.answers[form] = self._answered(form, inputs, targets)
         for _ in range(2):
+            answers = self.answers[form]
             try:
-                return self._run(Known(form, self.answers[form]), inputs, targets, each)
-            except OtherAnswers:
+                with drawn_again(self.of.model) if answers else nullcontext():
+                    return self._run(Known(form, answers), inputs, targets, each)
+            except OtherAnswers as other:
+                if other.own is not None:
+                    raise
                 many = sum(known.form == form for known in self.known) >= MOST
                 self.answers[form] = None if many else self._answered(form, inputs, targets)
         self.answers[form] = None  # twice, a batch has not answered the same
@@ -75,7 +94,7 @@ class Ways:
         self.footprint = self.footprints[form]
         if ways[0].name == OVER_THE_BATCH and size(inputs) > self.held[form] and not capturing(targets):
             ways = self._held(form, ways, inputs, targets)
-        kept = apply(torch.clone, inputs) if self.footprint.changes else inputs
+        kept = apply(torch.clone, inputs) if self.footprint.changes or form.answers else inputs
         for count, way in enumerate(ways):
             if count > 0:
                 _put_back(kept, inputs)  # the way before has left them half changed
@@ -98,13 +117,15 @@ class Ways:
                 return found
         raise AssertionError("the last way returns or raises")
 
-    def _answered(self, form: object, inputs: Batch, targets: Tensor) -> Answers | None:
-        """Return a batch's answers; most models ask nothing, which two samples show."""
+    def _answered(self, form: object, inputs: Batch, targets: Tensor) -> tuple[bool, ...] | None:
+        """Return what all samples of a batch answer; most models ask nothing, which two samples show."""
         if capturing(targets) or size(inputs) == 1:
-            return self.answers.get(form, NONE)
-        if form not in self.answers and not self.of.asked(take(inputs, slice(0, 2)), targets[:2]).questions:
-            return NONE
-        return self.of.asked(inputs, targets).answers
+            return self.answers.get(form, ())
+        if form not in self.answers:
+            with suppress(OtherAnswers):
+                if not self.of.asked(take(inputs, slice(0, 2)), targets[:2]).given:
+                    return ()
+        return self.of.asked(inputs, targets).given
 
     def _may_answer_better(self, form: object) -> bool:
         """Return whether samples run one by one for what the last batch answered; another may answer otherwise."""
@@ -132,14 +153,14 @@ class Ways:
 
     def _held(self, form: Known, ways: list[Way], inputs: Batch, targets: Tensor) -> list[Way]:
         """Return the ways that hold for a larger batch than those before."""
-        right, answers = False, True
+        right, other = False, None
         with going_on(), kept_random_state(self.of.model), kept_attributes(self.of.model):
             try:
                 right = holds(self.of, ways[0], inputs, targets)
-            except OtherAnswers:
-                answers = False
-        if not answers:
-            raise OtherAnswers
+            except OtherAnswers as error:
+                other = error
+        if other is not None:
+            raise other
         self.held[form] = size(inputs)
         if not right:
             ways = self.known[form] = ways[1:]
