@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backends import get_backend
@@ -85,6 +86,23 @@ def changes_what_it_has_counted(s: Any, x: Tensor, mask: Tensor) -> Tensor:
     return s.b((2 if count == counts.numel() else 1) * mean(s.a(x).tanh(), mask))  # type: ignore[no-any-return]
 
 
+def counts_over_two(s: Any, x: Tensor, mask: Tensor) -> Tensor:
+    count = (mask == 5).sum()
+    count += (x > 8).sum()
+    return s.b((2 if count == 0 else 1) * mean(s.a(x).tanh(), mask))  # type: ignore[no-any-return]
+
+
+def moves_its_axes(s: Any, x: Tensor, mask: Tensor) -> Tensor:
+    asked = (x < 8)[:, :, None, :][:, [0, 1], :, [0, 1]]  # [2, N, 1]
+    return s.b((2 if asked.all() else 1) * mean(s.a(x).tanh(), mask))  # type: ignore[no-any-return]
+
+
+def changes_data(s: Any, x: Tensor, mask: Tensor) -> Tensor:
+    mine = (x > 8).clone()
+    mine.data.copy_(mine | mine.flip(1))
+    return s.b((2 if mine[:, 4].any() else 1) * mean(s.a(x).tanh(), mask))  # type: ignore[no-any-return]
+
+
 def outliers(s: Any, x: Tensor, mask: Tensor) -> Tensor:
     """Alone, a sample has another mean."""
     h = mean(s.a(x).tanh(), mask)
@@ -119,6 +137,9 @@ OTHERS: dict[str, Callable[..., Tensor]] = {
     "changes its flag": changes_its_flag,
     "changes what it has counted": changes_what_it_has_counted,
     "outliers": outliers,
+    "counts over two": counts_over_two,
+    "moves its axes": moves_its_axes,
+    "changes data": changes_data,
     "changes its inputs": changes_its_inputs,
     "transposed and back": left_out(lambda mask: mask.T.reshape(mask.shape).all()),
     "of an activation": lambda s, x, mask: s.b((2 if ((h := mean(s.a(x), mask)) > 1).any() else 1) * h),
@@ -265,6 +286,19 @@ def test_a_model_that_changes_its_inputs_gets_them_whole() -> None:
 
 def test_right_is_right_by_every_quantity() -> None:
     assert_right(model_of(left_out(LEFT_OUT["all"])).to(DEVICE, torch.float64), *batch(8, {1, 4}))
+
+
+@pytest.mark.parametrize("quantity", ["grads", "variance"])
+def test_a_part_of_large_gradients_may_have_none_of_a_group(quantity: str) -> None:
+    def forward(s: Any, x: Tensor, mask: Tensor) -> Tensor:
+        h = F.linear(x, s.a.weight * s.a.weight)
+        return h.mean(1) if mask.all() else mean(h, mask)
+
+    model = Functional(forward, a=nn.Linear(600, 600, bias=False)).to(DEVICE, torch.float64)
+    inputs, targets = (real(16, 2, 600).to(DEVICE), torch.ones(16, 2, device=DEVICE)), real(16).to(DEVICE)
+    inputs[1][3, 1] = 0
+    ours, loop = (getattr(get_backend(b), quantity)(model, squares) for b in ("bookkeeping", "naive"))
+    assert_close(ours(inputs, targets), loop(inputs, targets))
 
 
 @pytest.mark.parametrize("masked", [True, False])

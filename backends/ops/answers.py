@@ -36,7 +36,10 @@ SHAPED = {
 }
 """Ops that leave entries in their order: those of a sample stay together where there are as many rows as before."""
 
-HEARD = ALL | ANY | SUM | READ | BY_ENTRY | SHAPED | {Tensor.__contains__, Tensor.__getitem__}
+DATA = {Tensor.data.__get__, Tensor.data.__set__}  # type: ignore[attr-defined]
+"""What changes a tensor without its version."""
+
+HEARD = ALL | ANY | SUM | READ | BY_ENTRY | SHAPED | DATA | {Tensor.__contains__, Tensor.__getitem__}
 """Ops that ask, as `if mask.all()`, `value in tokens` and `mask.sum() == mask.numel()` do, and what leads there."""
 
 
@@ -45,11 +48,12 @@ class OtherAnswers(Exception):
 
     Attributes:
         own: What each sample would answer, where they are not of one mind.
+        given: Else what all of them have answered so far.
     """
 
-    def __init__(self, own: Sequence[bool] | None = None) -> None:
+    def __init__(self, own: Sequence[bool] | None = None, given: tuple[bool, ...] = ()) -> None:
         super().__init__()
-        self.own = own
+        self.own, self.given = own, given
 
 
 class _Asked(ABC):
@@ -61,7 +65,7 @@ class _Asked(ABC):
 
     def __init__(self, inputs: Iterable[Tensor]) -> None:
         self._own: dict[int, tuple[Tensor, int]] = {}  # what is made of these, and its version: kept, as its id is
-        self._sums: dict[int, tuple[Tensor, Tensor]] = {}
+        self._sums: dict[int, tuple[Tensor, int, Tensor]] = {}
         self._open: dict[int, tuple[Tensor, int, Tensor]] = {}
         self._unread: dict[int, tuple[Tensor, Tensor]] = {}
         for t in inputs:
@@ -72,6 +76,9 @@ class _Asked(ABC):
         kwargs = kwargs or {}
         t: Any = args[0] if args else None
         alone = len(args) == 1 and not kwargs
+        if func in DATA:
+            for known in (self._own, self._sums, self._open):
+                known.clear()
         if func in READ and alone:
             self._unread.pop(id(t), None)
             result, version, own = self._open.get(id(t), (None, 0, None))
@@ -82,7 +89,7 @@ class _Asked(ABC):
             return self._compared(func, t, args[1])
         result = func(*args, **kwargs)
         if func in SUM and alone and t.dtype == torch.bool and self._is_own(t):
-            self._sums[id(result)] = result, t.clone()
+            self._sums[id(result)] = result, result._version, t.clone()
         elif (func in ALL or func in ANY) and alone:
             self._reduced(t, result, every=func in ALL)
         elif isinstance(result, Tensor) and self._is_made_of_own(func, args, kwargs, result):
@@ -109,7 +116,9 @@ class _Asked(ABC):
             return result.dim() > 0 and len(result) == len(t) and result.numel() == t.numel()
         if func is Tensor.__getitem__:  # of all samples the same
             first, *rest = others[0] if isinstance(others[0], tuple) else (None,)
-            return isinstance(first, slice) and first == slice(None) and not any(isinstance(i, Tensor) for i in rest)
+            plain = [i for i in rest if i is None or isinstance(i, int | slice)]
+            lists = len(plain) == len(rest) or (len(rest) == 1 and isinstance(rest[0], list))  # of several, axes move
+            return isinstance(first, slice) and first == slice(None) and lists
         tensors = [o for o in (*others, *kwargs.values()) if isinstance(o, Tensor)]
         return func in BY_ENTRY and all(self._is_own(o) and o.shape == t.shape for o in tensors)
 
@@ -120,9 +129,9 @@ class _Asked(ABC):
 
     def _compared(self, func: Any, t: Tensor, value: Any) -> Any:  # noqa: ANN401
         """Return whether a sum equals a value; of truth values, it may be as large as it can be, or nothing."""
-        counted = self._sums[id(t)][1]
+        _, version, counted = self._sums[id(t)]
         result = func(t, value)
-        if isinstance(value, int) and value in (0, counted.numel()):
+        if t._version == version and isinstance(value, int) and value in (0, counted.numel()):
             result = result.clone()  # a tensor of its own
             own = self.of_each(counted if value else ~counted, result, every=True)
             self._open[id(result)] = result, result._version, own
@@ -157,11 +166,13 @@ class Asked(_Asked):
             raise RuntimeError("what is recorded has no answers")
         with unheard():
             each: list[bool] = own.tolist()
+        if len(each) != self.samples:
+            raise RuntimeError("it is not of the samples that this is asked")
         if len(set(each)) > 1:
             raise OtherAnswers(each)
         self.given += (each[0],)
         if self.expected is not None and self.expected[: len(self.given)] != self.given:
-            raise OtherAnswers
+            raise OtherAnswers(given=self.given)
         return each[0]
 
     def end(self) -> None:

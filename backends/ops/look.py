@@ -105,7 +105,7 @@ def holds(passes: "Passes", way: "Way", inputs: Batch, targets: Tensor) -> bool:
     """Return whether a way finds what plain autograd does for some samples of a whole batch, as far as memory allows.
 
     A few samples do not show what begins with more of them: a capacity, a share that is dropped, a rare outlier. So the
-    samples of the least and the largest loss are looked at, and the last one; without dropout.
+    samples of the least and the largest loss are looked at, and the last one; without dropout, and then with it.
     """
     whole, n = (inputs, targets), size(inputs)
     try:
@@ -117,7 +117,14 @@ def holds(passes: "Passes", way: "Way", inputs: Batch, targets: Tensor) -> bool:
                 found = way.run(*copied(whole), lambda _, g: [g.rows(slice(i, i + 1))[0].clone() for i in some])
             each = enumerate(truths(passes, whole, some, "nothing"))
             slack = KINKS if rounding(next(iter(passes.values.values()))) < COARSE else KINKS_COARSELY
-            return all(near({name: rows[k] for name, rows in found.items()}, truth, slack) for k, truth in each)
+            if not all(near({name: rows[k] for name, rows in found.items()}, truth, slack) for k, truth in each):
+                return False
+        if draws(passes, _few(inputs, targets)[-1]) == "nothing":
+            return True
+        with seeded(passes.model, 0), kept_buffers(passes.model):
+            found = way.run(*copied(whole), lambda _, g: [g.rows(slice(i, i + 1))[0].clone() for i in some])
+        each = enumerate(truths(passes, whole, some, "dropout"))
+        return all(near({name: rows[k] for name, rows in found.items()}, truth, slack) for k, truth in each)
     except Exception as error:
         if lack_of_memory(error):
             return True

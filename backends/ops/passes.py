@@ -33,9 +33,10 @@ from backends.ops.answers import Asked, OtherAnswers, Told
 from backends.ops.look import itself
 from backends.ops.persample import Dense, PerSample
 from backends.ops.places import Layout
+from backends.ops.recorder import Each, Recorder
 from backends.ops.recurrent import leave_unflattened
 from backends.ops.several import Stacked
-from backends.ops.taps import Each, Recorder, Uncovered
+from backends.ops.taps import Uncovered
 from backends.running import kept_attributes, kept_buffers, kept_random_state
 from backends.shortage import lack_of_memory
 

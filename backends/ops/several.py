@@ -63,6 +63,8 @@ class Grouped(PerSample):
         out = self.like.new_empty(stop - start, *self.shape)
         for group, members in self._members():
             here = members[start:stop]
+            if not here.any():
+                continue
             before = int(members[:start].sum())
             out[here] = group.rows(slice(before, before + int(here.sum()))).to(out.dtype)
         return out
