@@ -288,6 +288,22 @@ def test_right_is_right_by_every_quantity() -> None:
     assert_right(model_of(left_out(LEFT_OUT["all"])).to(DEVICE, torch.float64), *batch(8, {1, 4}))
 
 
+def test_a_sum_that_goes_on_is_not_the_first_mask_s() -> None:
+    """Nothing that is made up for the first batch has what the second one counts."""
+
+    def forward(s: Any, x: Tensor, mask: Tensor) -> Tensor:
+        count = (mask == 5).sum()
+        count += (mask == 7).sum()
+        return s.b((2 if count == 0 else 1) * s.a(x).tanh().mean(1))  # type: ignore[no-any-return]
+
+    model = model_of(forward).to(DEVICE, torch.float64)
+    ours, loop = (get_backend(name).grads(model, squares) for name in ("bookkeeping", "naive"))
+    x, targets, mask = real(8, 5, 4).to(DEVICE), real(8).to(DEVICE), torch.ones(8, 5, dtype=torch.long, device=DEVICE)
+    for marked in (0, 3):
+        mask[:marked, 1] = 7
+        assert_close(ours((x, mask), targets), loop((x, mask), targets))
+
+
 @pytest.mark.parametrize("quantity", ["grads", "variance"])
 def test_a_part_of_large_gradients_may_have_none_of_a_group(quantity: str) -> None:
     def forward(s: Any, x: Tensor, mask: Tensor) -> Tensor:

@@ -107,24 +107,23 @@ def holds(passes: "Passes", way: "Way", inputs: Batch, targets: Tensor) -> bool:
     A few samples do not show what begins with more of them: a capacity, a share that is dropped, a rare outlier. So the
     samples of the least and the largest loss are looked at, and the last one; without dropout, and then with it.
     """
-    whole, n = (inputs, targets), size(inputs)
+    whole = inputs, targets
+
+    def right(shown: Sequence[int], drawn: Draws) -> bool:
+        with seeded(passes.model, 0), kept_buffers(passes.model):
+            found = way.run(*copied(whole), lambda _, g: [g.rows(slice(i, i + 1))[0].clone() for i in shown])
+        each = enumerate(truths(passes, whole, shown, drawn))
+        slack = KINKS if rounding(next(iter(passes.values.values()))) < COARSE else KINKS_COARSELY
+        return all(near({name: rows[k] for name, rows in found.items()}, truth, slack) for k, truth in each)
+
     try:
         with without_dropout():
             with kept_buffers(passes.model):
                 losses = passes.loss_fn(call(passes.model, apply(torch.clone, inputs)), targets.clone()).detach()
-            some = sorted({int(losses.argmin()), int(losses.argmax()), n - 1})
-            with kept_buffers(passes.model):
-                found = way.run(*copied(whole), lambda _, g: [g.rows(slice(i, i + 1))[0].clone() for i in some])
-            each = enumerate(truths(passes, whole, some, "nothing"))
-            slack = KINKS if rounding(next(iter(passes.values.values()))) < COARSE else KINKS_COARSELY
-            if not all(near({name: rows[k] for name, rows in found.items()}, truth, slack) for k, truth in each):
+            shown = sorted({int(losses.argmin()), int(losses.argmax()), size(inputs) - 1})
+            if not right(shown, "nothing"):
                 return False
-        if draws(passes, _few(inputs, targets)[-1]) == "nothing":
-            return True
-        with seeded(passes.model, 0), kept_buffers(passes.model):
-            found = way.run(*copied(whole), lambda _, g: [g.rows(slice(i, i + 1))[0].clone() for i in some])
-        each = enumerate(truths(passes, whole, some, "dropout"))
-        return all(near({name: rows[k] for name, rows in found.items()}, truth, slack) for k, truth in each)
+        return draws(passes, _few(inputs, targets)[-1]) == "nothing" or right(shown, "dropout")
     except Exception as error:
         if lack_of_memory(error):
             return True
