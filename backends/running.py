@@ -24,7 +24,7 @@ def kept_buffers(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffers, name, before in found:
                 if (b := buffers.get(name)) is not None:  # a cache may come or go meanwhile
-                    b.copy_(before)
+                    b.data.copy_(before)  # what autograd has kept of one that was not changed stays good
 
 
 @contextmanager

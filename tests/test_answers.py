@@ -120,6 +120,7 @@ LEFT_OUT: dict[str, Callable[[Tensor], Any]] = {
     "all": lambda mask: mask.all(),
     "torch.all": lambda mask: torch.all(mask == 1),
     "of another shape": lambda mask: mask.view(len(mask), -1)[:, None].bool().all(),
+    "with more before it": lambda mask: torch.cat([torch.ones(len(mask), 2, device=mask.device), mask], dim=1).all(),
     "not any": lambda mask: not (mask == 0).any(),
     "item": lambda mask: mask.bool().all().item(),
     "in": lambda mask: 0 not in mask,
@@ -141,6 +142,8 @@ OTHERS: dict[str, Callable[..., Tensor]] = {
     "moves its axes": moves_its_axes,
     "changes data": changes_data,
     "changes its inputs": changes_its_inputs,
+    "of it twice": left_out(lambda mask: torch.cat([mask, mask]).all()),
+    "of a square": left_out(lambda mask: torch.cat([torch.ones(5, 5, device=mask.device), mask], -2).all()),
     "transposed and back": left_out(lambda mask: mask.T.reshape(mask.shape).all()),
     "of an activation": lambda s, x, mask: s.b((2 if ((h := mean(s.a(x), mask)) > 1).any() else 1) * h),
     "as a number": lambda s, x, mask: s.b(mean(s.a(x), mask) * (1 + (x > 8).any())),
@@ -288,6 +291,10 @@ def test_right_is_right_by_every_quantity() -> None:
     assert_right(model_of(left_out(LEFT_OUT["all"])).to(DEVICE, torch.float64), *batch(8, {1, 4}))
 
 
+def marked(mask: Tensor) -> Tensor:
+    return (mask == 7).sum() > 0
+
+
 def sum_goes_on(mask: Tensor) -> Any:
     count = (mask == 5).sum()
     count += (mask == 7).sum()
@@ -296,27 +303,77 @@ def sum_goes_on(mask: Tensor) -> Any:
 
 def flag_goes_on(mask: Tensor) -> Any:
     some = (mask == 5).any()
-    some |= (mask == 7).any()
+    some |= marked(mask)
     return not some
 
 
-def data_change(mask: Tensor) -> Any:
-    mine = mask == 5
-    mine.data.copy_(mask == 7)
+def flags_go_on(mask: Tensor) -> Any:
+    mine = mask == 1
+    mine &= ~marked(mask)
     return not mine.any()
 
 
-@pytest.mark.parametrize("ask", [sum_goes_on, flag_goes_on, data_change])
-def test_what_is_changed_is_not_what_was_asked(ask: Callable[[Tensor], Any]) -> None:
-    """Nothing that is made up for the first batch has what is marked in the second one."""
-    model = model_of(lambda s, x, mask: s.b((2 if ask(mask) else 1) * s.a(x).tanh().mean(1)))
-    ours, loop = (
-        get_backend(name).grads(model.to(DEVICE, torch.float64), squares) for name in ("bookkeeping", "naive")
-    )
-    x, targets, mask = real(8, 5, 4).to(DEVICE), real(8).to(DEVICE), torch.ones(8, 5, dtype=torch.long, device=DEVICE)
-    for marked in (0, 3):
-        mask[:marked, 1] = 7
+def sum_is_another(mask: Tensor) -> Any:
+    count = (mask == 5).sum()
+    count.data.add_((mask == 7).sum())
+    return count == 0
+
+
+def flag_is_another(mask: Tensor) -> Any:
+    some = (mask == 5).any()
+    some.data.copy_(marked(mask))
+    return not some
+
+
+def flags_are_others(mask: Tensor) -> Any:
+    mine = mask == 1
+    mine.data.mul_(~marked(mask))
+    return not mine.any()
+
+
+def of_the_largest(mask: Tensor) -> Any:
+    return (mask == mask.amax() - 5).any()
+
+
+def codes(*changes: tuple[int | slice, int, int], rest: int = 1) -> Tensor:
+    """Return a mask of eight samples with (sample or slice, position, code) changed."""
+    mask = torch.full((8, 5), rest, device=DEVICE)
+    for i, position, code in changes:
+        mask[i, position] = code
+    return mask
+
+
+ALL_OF_THEM = slice(None)
+
+CODES = [
+    codes(),
+    codes(rest=3),
+    codes((slice(3), 1, 7)),
+    codes((5, 1, 7)),
+    codes((ALL_OF_THEM, 1, 7), (ALL_OF_THEM, 2, 2)),
+    codes((5, 1, 7), (ALL_OF_THEM, 2, 2)),
+]
+"""Nothing that is made up for the first of these has what is marked in others."""
+
+
+def assert_codes_are_right(forward: Callable[..., Tensor]) -> None:
+    model = model_of(forward).to(DEVICE, torch.float64)
+    ours, loop = (get_backend(name).grads(model, squares) for name in ("bookkeeping", "naive"))
+    x, targets = real(8, 5, 4).to(DEVICE), real(8).to(DEVICE)
+    for mask in CODES:
         assert_close(ours((x, mask), targets), loop((x, mask), targets))
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [sum_goes_on, flag_goes_on, flags_go_on, sum_is_another, flag_is_another, flags_are_others, of_the_largest],
+)
+def test_what_was_asked_is_not_taken_for_something_else(ask: Callable[[Tensor], Any]) -> None:
+    assert_codes_are_right(lambda s, x, mask: s.b((2 if ask(mask) else 1) * s.a(x).tanh().mean(1)))
+
+
+def test_what_holds_for_any_is_not_used_as_a_number() -> None:
+    assert_codes_are_right(lambda s, x, mask: s.b((1 + (mask == 7).any()) * s.a(x).tanh().mean(1)))
 
 
 @pytest.mark.parametrize("quantity", ["grads", "variance"])

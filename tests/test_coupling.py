@@ -195,7 +195,7 @@ def test_a_parameter_that_few_samples_use(rare: str) -> None:
 
 def test_a_parameter_may_have_the_same_gradient_for_all() -> None:
     """There as [N, ...], with what each sample adds in a place of its own."""
-    model = model_of(lambda s, x: torch.tanh(s.a(x)).sum(1, keepdim=True) + s.c, c=nn.Parameter(real(1, 1)))
+    model = model_of(lambda s, x: torch.tanh(s.a(x)).sum(1, keepdim=True) - s.c, c=nn.Parameter(real(1, 1)))
     loss: LossFn = lambda o, t: (o[:, 0] - t - 100).abs()  # noqa: E731  its gradient is -1
     ours, loop = (get_backend(b).grads(model, loss) for b in ("bookkeeping", "naive"))
     torch.testing.assert_close(ours(X, real(32)), loop(X, real(32)))

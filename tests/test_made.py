@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
 
 from backends import get_backend
-from backends.base import QUANTITIES
+from backends.base import QUANTITIES, own_copy
+from backends.ops.passes import Passes
+from backends.ops.ways import Ways
 from tests.asserts import assert_close
 from tests.cases import DEVICE, Functional, linear, real, squares
 from tests.habits import over_the_batch
@@ -53,6 +55,49 @@ def positions(s: Any, x: Tensor) -> Tensor:
     return s.a(x.sin() + s.b.weight[: x.shape[1]])  # type: ignore[no-any-return]
 
 
+def merged(s: Any, x: Tensor) -> Tensor:
+    """LoRA (Hu et al. 2021), as DoRA has it: with a direction and a magnitude of its own (Liu et al. 2024)."""
+    w = s.frozen + s.b(s.a(torch.eye(12, dtype=x.dtype, device=x.device))).T  # 3 · 4, and 4 · 3
+    norm = torch.linalg.norm(w, dim=1).detach()
+    return F.linear(x, (s.m / norm)[:, None] * w)
+
+
+def put(s: Any, x: Tensor) -> Tensor:
+    w = torch.zeros(5, 5, dtype=x.dtype, device=x.device)
+    w[[0, 1, 2, 3, 4], [4, 0, 2, 1, 3]] = s.a.bias
+    return F.linear(x, w)
+
+
+def scaled(s: Any, x: Tensor) -> Tensor:
+    """IA³ (Liu et al. 2022): a scale [1, D] of vectors, and of their mean."""
+    return s.a((x * s.p).tanh().mean(1)) * s.p
+
+
+def relative(s: Any, x: Tensor) -> Tensor:
+    """Swin's biases: a row of a table for how far apart two places are."""
+    index = (torch.arange(2)[:, None] - torch.arange(2) + 1).flatten()
+    bias = s.b.weight[index.to(x.device)].view(2, 2, -1).permute(2, 0, 1)  # [5, 2, 2]
+    q = s.a(x).transpose(1, 2)[..., None]  # [N, 5, 2, 1]
+    shown = (q @ q.mT + bias[None]).softmax(-1) @ q
+    return F.scaled_dot_product_attention(q, q, shown, attn_mask=bias[None])
+
+
+def prompt(s: Any, x: Tensor) -> Tensor:
+    """Prompt tuning: what is the same for all is repeated for each."""
+    tokens = s.b(torch.arange(3, device=x.device)[None])
+    return s.a(torch.cat([tokens.tanh().repeat(len(x), 1, 1), s.p.expand(len(x), -1, -1), x], 1).sin())
+
+
+def of_coordinates(s: Any, x: Tensor) -> Tensor:
+    """A net of what no sample has, which changes its own in place."""
+    places = torch.linspace(-1, 1, 10, dtype=x.dtype, device=x.device).view(1, 2, 5)
+    return s.a(x + F.relu(s.b(places), inplace=True))
+
+
+def fused(s: Any, x: Tensor) -> Tensor:
+    return s.a(torch.addcmul(s.b.bias, s.b.weight[0], x.sin(), value=0.5))
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "a standardised convolution": (lambda: Functional(standardised, c=nn.Conv2d(2, 4, 3)), (2, 6, 6)),
     "a part, and the whole": (lambda: Functional(part_and_whole, a=linear(5, 5)), (2, 5)),
@@ -61,6 +106,25 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "chunks": (lambda: Functional(chunks, a=nn.Linear(5, 5, bias=False)), (2, 5)),
     "1 + w": (lambda: Functional(norm_by_hand, b=nn.RMSNorm(5)), (2, 5)),
     "positions": (lambda: Functional(positions, a=linear(5, 5), b=nn.Embedding(9, 5)), (2, 5)),
+    "positions [1, ...]": (
+        lambda: Functional(lambda s, x: s.a(x.sin() + (2 * s.p).tanh()), a=linear(5, 5), p=nn.Parameter(real(1, 2, 5))),
+        (2, 5),
+    ),
+    "merged": (
+        lambda: Functional(
+            merged, a=linear(12, 4), b=linear(4, 12), m=nn.Parameter(real(12)), frozen=nn.Parameter(real(12, 12), False)
+        ),
+        (2, 12),
+    ),
+    "put in a matrix": (lambda: Functional(put, a=linear(5, 5)), (2, 5)),
+    "a scale [1, D]": (lambda: Functional(scaled, a=linear(5, 5), p=nn.Parameter(real(1, 5))), (2, 5)),
+    "relative places": (lambda: Functional(relative, a=linear(5, 5), b=nn.Embedding(3, 5)), (2, 5)),
+    "a prompt": (
+        lambda: Functional(prompt, a=linear(5, 5), b=nn.Embedding(3, 5), p=nn.Parameter(real(1, 1, 5))),
+        (2, 5),
+    ),
+    "of coordinates": (lambda: Functional(of_coordinates, a=linear(5, 5), b=linear(5, 5)), (2, 5)),
+    "addcmul": (lambda: Functional(fused, a=linear(5, 5), b=linear(5, 5)), (2, 5)),
     "weight_norm": (lambda: nn.Sequential(parametrizations.weight_norm(nn.Conv2d(2, 4, 3)), nn.Tanh()), (2, 6, 6)),
     "attention to something else": (
         lambda: Functional(lambda s, x: s.m(x, x.cos(), x.sin())[0], m=nn.MultiheadAttention(5, 1, batch_first=True)),
@@ -132,3 +196,141 @@ def test_under_autocast_what_is_made_is_right() -> None:
         ours, loop = (get_backend(b).grads(model, squares)(inputs, targets) for b in ("bookkeeping", "naive"))
     assert ours["a.weight"].dtype == torch.float32
     assert (ours["a.weight"] - loop["a.weight"]).norm() < 0.05 * loop["a.weight"].norm()
+
+
+@pytest.mark.parametrize(
+    "share",
+    [
+        lambda x: x.mean(),
+        lambda x: x.amax(),
+        lambda x: (x > 0).sum(),
+        lambda x: 1 / len(x),
+        lambda x: x[0, 0, 0],
+    ],
+    ids=["mean", "largest", "how many", "one of N", "the first"],
+)
+@pytest.mark.parametrize("size", [1, 1e-4])
+def test_what_is_made_of_samples_too_is_not_shared_by_them(share: Callable[[Tensor], Any], size: float) -> None:
+    """In float32, where a gradient may be a hundredth apart; the loss is linear, so nothing else shows it."""
+    model = Functional(lambda s, x: F.linear(x, s.a.weight * (1 + size * share(x))), a=nn.Linear(5, 5, bias=False))
+    inputs, targets = real(6, 2, 5).float().to(DEVICE), real(6).float().to(DEVICE)
+    ways = Ways(Passes(own_copy(model.to(DEVICE, torch.float32)), lambda o, t: o.flatten(1).sum(1) * t))
+    seen = size == 1 or share(inputs) != 1 / len(inputs)  # which is told by a few samples only
+    assert (ways.way(inputs, targets).name != "over the batch") == seen
+
+
+def test_what_a_made_weight_was_made_with_is_kept_until_it_is_wanted() -> None:
+    """Of groups, gradients are wanted after all has been run, and buffers have been given back."""
+
+    def forward(s: Any, x: Tensor, mask: Tensor) -> Tensor:
+        h = F.linear(x, s.a.weight * s.n.running_var)
+        return h.mean(1) if mask.all() else (h * mask[..., None]).sum(1)  # type: ignore[no-any-return]
+
+    model = Functional(forward, a=linear(5, 5), n=nn.BatchNorm1d(5, affine=False)).to(DEVICE, torch.float64).eval()
+    (x, mask), targets = (real(6, 2, 5).to(DEVICE), torch.ones(6, 2, device=DEVICE)), real(6).to(DEVICE)
+    mask[[1, 4], 1] = 0
+    ours, loop = (get_backend(b).grads(model, squares) for b in ("bookkeeping", "naive"))
+    assert_close(ours((x, mask), targets), loop((x, mask), targets))
+
+
+def held_against_the_loop(model: nn.Module, quantity: str, *batches: Any, loss: Any = squares, **options: Any) -> None:
+    ours, loop = (getattr(get_backend(b), quantity)(model, loss, **options) for b in ("bookkeeping", "naive"))
+    for inputs, targets in batches:
+        assert_close(ours(inputs, targets), loop(inputs, targets))
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        lambda s, kind: s.w * 1.0 + s.d * kind.max(),
+        lambda s, kind: s.w * (1 + (kind > 1).sum()),
+        lambda s, kind: torch.stack([s.w, s.d]).index_select(0, kind[:1].clamp(max=1))[0],
+        lambda s, kind: torch.stack([s.w, s.d])[kind[0].clamp(max=1)],
+        lambda s, kind: s.w + s.d.clone().mul_(kind.amax()),
+        lambda s, kind: s.w.clone().index_add_(0, kind[:1], s.d[:1]),
+    ],
+)
+def test_a_weight_that_data_has_chosen_is_no_weight_of_all(chosen: Callable[[Any, Tensor], Tensor]) -> None:
+    """In the first batch it is the same for all."""
+    model = Functional(lambda s, x, kind: F.linear(x, chosen(s, kind)), w=nn.Parameter(real(5, 5)))
+    model.d = nn.Parameter(real(5, 5) ** 2)
+    x, targets = real(6, 2, 5).to(DEVICE), real(6).to(DEVICE)
+    kinds = [torch.tensor(k, device=DEVICE) for k in ([0] * 6, [0, 1, 0, 0, 2, 0], [1] * 6)]
+    held_against_the_loop(model.to(DEVICE, torch.float64), "grads", *(((x, kind), targets) for kind in kinds))
+
+
+@pytest.mark.parametrize("draw", [F.dropout, lambda w: w * F.dropout(torch.ones_like(w)), torch.bernoulli])
+def test_a_weight_that_is_drawn_is_drawn_for_each(draw: Callable[[Tensor], Tensor]) -> None:
+    model = Functional(lambda s, x: F.linear(x, draw(s.w.sigmoid())), w=nn.Parameter(real(5, 5))).to(DEVICE)
+    assert not over_the_batch(model.double(), real(6, 2, 5).to(DEVICE), real(6).to(DEVICE))
+
+
+class Capped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor) -> Tensor:
+        return w.view_as(w)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g.clamp(-1e-3, 1e-3)
+
+
+def hooked(w: Tensor) -> Tensor:
+    w = w * 1
+    w.register_hook(lambda g: g.clamp(-1e-3, 1e-3))
+    return w
+
+
+@pytest.mark.parametrize("cap", [Capped.apply, hooked], ids=["function", "hook"])
+def test_what_is_taken_back_need_not_be_linear(cap: Callable[[Tensor], Tensor]) -> None:
+    model = Functional(
+        lambda s, x: F.linear(x, cap(s.w)).mean(1, keepdim=True) * 30, w=nn.Parameter(real(900, 900) / 30)
+    )
+    batch = real(12, 900).to(DEVICE), real(12).to(DEVICE)
+    held_against_the_loop(model.to(DEVICE, torch.float64), "clipped_sum", batch, max_norm=1.0)
+
+
+def test_a_small_clipped_sum_is_not_lost_in_half_precision() -> None:
+    model = Functional(lambda s, x: F.linear(x.half(), s.w.half()).float(), w=nn.Parameter(real(900, 900) / 30))
+    model, batch = model.to(DEVICE, torch.float32), (real(8, 900).to(DEVICE).float(), real(8).to(DEVICE).float())
+    ours, loop = (get_backend(b).clipped_sum(model, squares, max_norm=1e-6)(*batch) for b in ("bookkeeping", "naive"))
+    assert (ours["w"] - loop["w"]).norm() < 0.01 * loop["w"].norm()
+
+
+def test_a_sample_that_attends_to_nothing_is_right() -> None:
+    def forward(s: Any, x: Tensor, length: Tensor) -> Tensor:
+        beyond = torch.arange(3, device=x.device) >= length[:, None]
+        mask = s.b.expand(len(x), 3, 3).masked_fill(beyond[:, None], -torch.inf)
+        shared = F.scaled_dot_product_attention(
+            x, x, x, attn_mask=(2 * s.b)[0].tril() + torch.ones_like(s.b)[0].tril().log()
+        )
+        return F.scaled_dot_product_attention(s.a(x), x, x, attn_mask=mask) + shared
+
+    model = Functional(forward, a=linear(5, 5), b=nn.Parameter(real(1, 3, 3))).to(DEVICE, torch.float64)
+    x, targets = real(6, 3, 5).to(DEVICE), real(6).to(DEVICE)
+    lengths = [torch.tensor(n, device=DEVICE) for n in ([3, 2, 1, 3, 3, 2], [3, 0, 1, 3, 3, 2])]
+    held_against_the_loop(model, "norms", *(((x, length), targets) for length in lengths))
+
+
+@pytest.mark.parametrize("change", ["a buffer", "an attribute"])
+def test_what_another_group_changes_does_not_matter(change: str) -> None:
+    def forward(s: Any, x: Tensor, mask: Tensor) -> Tensor:
+        whole = bool(mask.all())
+        if change == "a buffer":
+            s.scale.fill_(1.0 if whole else 2.0)
+        else:
+            s.other.data.fill_(1.0 if whole else 2.0)
+        h = F.linear(x, s.a.weight * (s.scale if change == "a buffer" else s.other))
+        return (h * mask[..., None]).sum(1)  # type: ignore[no-any-return]
+
+    model = Functional(forward, a=linear(5, 5))
+    model.register_buffer("scale", torch.ones(5))
+    model = model.to(DEVICE, torch.float64)
+    model.other = torch.ones(5, dtype=torch.float64, device=DEVICE)  # type: ignore[assignment]
+    x, masks, targets = (
+        real(6, 2, 5).to(DEVICE),
+        [torch.ones(6, 2, device=DEVICE) for _ in range(3)],
+        real(6).to(DEVICE),
+    )
+    masks[1][:, 1], masks[2][[1, 4], 1] = 0, 0
+    held_against_the_loop(model, "norms", *(((x, mask), targets) for mask in masks))

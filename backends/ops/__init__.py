@@ -2,6 +2,7 @@
 
 from backends.ops import attention as attention
 from backends.ops import conv as conv
+from backends.ops import einsum as einsum
 from backends.ops import elementwise as elementwise
 from backends.ops import hooks as hooks
 from backends.ops import linear as linear

@@ -36,10 +36,14 @@ SHAPED = {
 }
 """Ops that leave entries in their order: those of a sample stay together where there are as many rows as before."""
 
+CAT = {torch.cat, torch.concat, torch.concatenate}
+FILLED = {torch.ones, torch.zeros}
+"""Ops that make the same numbers for every sample."""
+
 DATA = {Tensor.data.__get__, Tensor.data.__set__}  # type: ignore[attr-defined]
 """What changes a tensor without its version."""
 
-HEARD = ALL | ANY | SUM | READ | BY_ENTRY | SHAPED | DATA | {Tensor.__contains__, Tensor.__getitem__}
+HEARD = ALL | ANY | SUM | READ | BY_ENTRY | SHAPED | CAT | FILLED | DATA | {Tensor.__contains__, Tensor.__getitem__}
 """Ops that ask, as `if mask.all()`, `value in tokens` and `mask.sum() == mask.numel()` do, and what leads there."""
 
 
@@ -64,6 +68,8 @@ class _Asked(ABC):
     """
 
     def __init__(self, inputs: Iterable[Tensor]) -> None:
+        inputs = list(inputs)
+        self.samples = len(inputs[0])
         self._own: dict[int, tuple[Tensor, int]] = {}  # what is made of these, and its version: kept, as its id is
         self._sums: dict[int, tuple[Tensor, int, Tensor]] = {}
         self._open: dict[int, tuple[Tensor, int, Tensor]] = {}
@@ -109,6 +115,11 @@ class _Asked(ABC):
         return known is not None and known[0]._version == known[1]
 
     def _is_made_of_own(self, func: Any, args: Any, kwargs: Any, result: Tensor) -> bool:  # noqa: ANN401
+        if func in FILLED:
+            return result.dim() > 0 and len(result) == self.samples
+        if func in CAT:
+            axis = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+            return len(args) > 0 and all(map(self._is_own, args[0])) and axis % result.dim() > 0
         t, *others = args
         if not self._is_own(t):
             return False
@@ -147,9 +158,8 @@ class Asked(_Asked):
     """
 
     def __init__(self, inputs: Iterable[Tensor], expected: tuple[bool, ...] | None = None) -> None:
-        inputs = list(inputs)
         super().__init__(inputs)
-        self.samples, self.expected = len(inputs[0]), expected
+        self.expected = expected
         self.given: tuple[bool, ...] = ()
 
     def of_each(self, t: Tensor, result: Tensor, *, every: bool) -> Tensor:  # noqa: D102

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backends.ops.rules import UNDER_VMAP, rewrite
+from backends.ops.rules import OVER_THE_BATCH, UNDER_VMAP, rewrite
 
 
 def _transparent(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -66,3 +66,25 @@ def attention(
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, **options)  # type: ignore[arg-type]
 
     return _Folded.apply(core, *tensors)
+
+
+@rewrite(F.scaled_dot_product_attention, passes=[OVER_THE_BATCH])
+def with_bias(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:  # noqa: ANN401  a Tensor, or NotImplemented
+    """Add a learned mask, which all samples share, by an op that has a rule: a fused kernel would hide it."""
+    if attn_mask is None or not attn_mask.requires_grad or dropout_p or is_causal or enable_gqa:
+        return NotImplemented
+    if attn_mask.dim() == query.dim() and len(attn_mask) > 1:
+        return NotImplemented
+    weights = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.mT
+    weights = torch.add(weights, attn_mask)
+    nowhere = (weights == -torch.inf).all(-1, keepdim=True)  # attention to nothing is zero
+    return weights.masked_fill(nowhere, 0).softmax(-1).masked_fill(nowhere, 0) @ value

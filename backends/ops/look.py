@@ -26,7 +26,7 @@ from backends.ops.footprint import Footprint, pairs, saved
 from backends.ops.made_up import Kind, scaled, with_another
 from backends.ops.near import COARSE, KINKS, KINKS_COARSELY, fingerprint, near, same
 from backends.ops.persample import PerSample
-from backends.ops.places import Layout
+from backends.ops.places import GUESSES, Guess, Layout
 from backends.ops.questions import Questions
 from backends.precision import rounding
 from backends.probe import some, some_targets
@@ -175,32 +175,40 @@ class _Look(NamedTuple):
         return found
 
     def over_the_batch(self) -> Iterator[_Candidate]:
-        """Yield ways over the batch, for both orders of several entries on an axis that belong to one sample."""
-        for apart in (False, True):
-            found = self._over_the_batch(apart)
+        """Yield ways over the batch, for what may be guessed of it."""
+        any_found = False
+        for guess in GUESSES:
+            if any_found and not guess.shared:  # which is for those that nothing else fits
+                return
+            before = len(self.passes.copied)
+            found = self._over_the_batch(guess)
+            if found is None and len(self.passes.copied) > before:  # it has missed some that are copies now
+                found = self._over_the_batch(guess)
             if found is not None:
                 yield found
+                any_found = True
                 if found.layout is not None and all(place.rows == 1 for place in found.layout.places):
                     return
 
-    def _over_the_batch(self, apart: bool) -> _Candidate | None:
+    def _over_the_batch(self, guess: Guess) -> _Candidate | None:
         found, batch = None, self.few[-1]
         with going_on():
+            guess = guess._replace(sizes={len(y): self.passes.sizes(*copied((x, y)), guess) for x, y in self.few})
             with Questions() as questions:
-                (first, earlier, _), (second, layout, seen) = (self._seen(batch, apart) for batch in self.few)
+                (first, earlier, _), (second, layout, seen) = (self._seen(batch, guess) for batch in self.few)
             placed = earlier == layout and layout.answers == self.answers and not questions.ordered
             placed = placed and self.passes.copies_are_apart(*copied(batch))
             others = (self._with_another(*other) for other in OTHERS)
-            if placed and not any(self._is_touched(*other, seen, apart) for other in others):
+            if placed and not any(self._is_touched(*other, seen, guess) for other in others):
                 by_size = scaled(batch, *self.whole)
-                if self._are_right(by_size, self._made_up(by_size, apart)[0]):
+                if self._are_right(by_size, self._made_up(by_size, guess)[0]):
                     way = self.passes.over_the_batch(layout)
                     found = _Candidate(way, [first, second], layout, questions.asked)
         return found
 
-    def _seen(self, batch: Sample, apart: bool) -> tuple[dict[str, PerSample], Layout, list[Tensor]]:
+    def _seen(self, batch: Sample, guess: Guess) -> tuple[dict[str, PerSample], Layout, list[Tensor]]:
         with seeded(self.passes.model, 0):  # which changes nothing for a model that does not draw
-            return self.passes.looked_at(*copied(batch), apart=apart)
+            return self.passes.looked_at(*copied(batch), guess)
 
     def _with_another(self, place: int, kind: Kind) -> tuple[Sample, Tensor]:
         """Return a batch with another sample, and which are as they were; inputs that would change answers are, too."""
@@ -219,23 +227,23 @@ class _Look(NamedTuple):
             made, kept = with_another(batch, place, inputs, kind, changed)
         return made, kept
 
-    def _is_touched(self, batch: Sample, kept: Tensor, seen: Sequence[Tensor], apart: bool) -> bool:
+    def _is_touched(self, batch: Sample, kept: Tensor, seen: Sequence[Tensor], guess: Guess) -> bool:
         """Return whether samples show something else at a tap once another one of them is another.
 
         That other one is in new company too, so its gradients, and everyone's, are held against those of it alone.
         """
-        found, after = self._made_up(batch, apart)
+        found, after = self._made_up(batch, guess)
         if not all(same(a, b, kept) for a, b in zip(seen, after, strict=bool(found))):
             return True
         return not self._are_right(batch, found)
 
-    def _made_up(self, batch: Sample, apart: bool) -> tuple[dict[str, PerSample], list[Tensor]]:
+    def _made_up(self, batch: Sample, guess: Guess) -> tuple[dict[str, PerSample], list[Tensor]]:
         """Return what a pass over a made-up batch finds, and shows at each tap.
 
         That is nothing where it is out of bounds, or answers otherwise and so goes another way.
         """
         with going_on():
-            found, made_up, seen = self._seen(batch, apart)
+            found, made_up, seen = self._seen(batch, guess)
             if made_up.answers == self.answers:
                 return found, seen
         return {}, []

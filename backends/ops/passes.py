@@ -4,8 +4,8 @@ The passes run over the batch where every use of a parameter is by an op that a 
 place; where a few samples, in order and backwards, show the gradients that each has when it is run alone; and where
 nothing asks for values that belong to a sample, by which others might go another way, but whether something holds for
 the inputs of all of them, or of any (`answers.py`). Control flow and layout may depend on the form of the inputs, so
-each form is looked at anew (`ways.py`). A parameter [1, ...] (a position embedding, say) may be used by any op: it is
-there as [N, ...].
+each form is looked at anew (`ways.py`). A parameter [1, ...] (a token for all, say) may be used by any op: where that
+op has no rule, the parameter is there as [N, ...].
 
 Elsewhere they run under `torch.func.vmap`, where what belongs to a sample is known by construction, whatever the model
 does with its axes. Every trainable parameter is there as N copies, one a sample, which take no memory (stride 0):
@@ -16,7 +16,7 @@ What vmap cannot run either (control flow that depends on the data, checkpoints,
 a time, as by a loop; pairs are kept all the same.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -31,8 +31,9 @@ from backends.base import LossFn, Named, trainable
 from backends.batch import Batch, apply, call, size, take, tensors
 from backends.ops.answers import Asked, OtherAnswers, Told
 from backends.ops.look import itself
+from backends.ops.made import Clean
 from backends.ops.persample import Dense, PerSample
-from backends.ops.places import Layout
+from backends.ops.places import Guess, Layout, Sizes
 from backends.ops.recorder import Each, Recorder
 from backends.ops.recurrent import leave_unflattened
 from backends.ops.several import Stacked
@@ -68,6 +69,7 @@ class Passes:
         loss_fn: (outputs [N, ...], targets [N, ...]) -> losses [N].
         values: The parameters without gradient, by name.
         shared: Those [1, ...], which any op may use.
+        copied: The names of those that an op without a rule has used.
     """
 
     model: nn.Module
@@ -77,6 +79,7 @@ class Passes:
         self.parameters = trainable(self.model)
         self.values = {name: p.detach() for name, p in self.parameters.items()}
         self.shared = {name: p for name, p in self.values.items() if p.dim() > 1 and len(p) == 1}
+        self.copied: set[str] = set()
         self._names = _by_identity(self.parameters)
 
     def asked(self, inputs: Batch, targets: Tensor) -> Asked:
@@ -89,7 +92,7 @@ class Passes:
         asked = Asked([*tensors(inputs), targets])
         try:
             with kept_buffers(self.model), kept_random_state(self.model), kept_attributes(self.model):
-                self._forward(inputs, targets, asked=asked)
+                self._forward(inputs, targets, asked=asked, with_rules=False)
         except OtherAnswers:
             raise
         except Exception as error:  # whatever a model's code may raise
@@ -103,7 +106,7 @@ class Passes:
 
         def run(inputs: Batch, targets: Tensor, each: Each) -> dict[str, Any]:
             asked = Asked([*tensors(inputs), targets], layout.answers)
-            recorder, _ = self._batch_pass(inputs, targets, known=layout, each=each, asked=asked)
+            recorder = self._batch_pass(inputs, targets, layout.copies, known=layout, each=each, asked=asked)
             asked.end()
             if (recorder.at, recorder.copies) != (layout.names, layout.copies):
                 raise Uncovered
@@ -111,15 +114,22 @@ class Passes:
 
         return Way(OVER_THE_BATCH, run, layout.answers)
 
-    def looked_at(self, inputs: Batch, targets: Tensor, *, apart: bool) -> tuple[PerParameter, Layout, list[Tensor]]:
+    def sizes(self, inputs: Batch, targets: Tensor, guess: Guess) -> list[Sizes]:
+        """Return the sizes of what goes into the ops that have rules."""
+        asked = Asked([*tensors(inputs), targets])
+        with kept_buffers(self.model), kept_random_state(self.model):
+            recorder, *_ = self._forward(inputs, targets, self.copied, guess=guess, asked=asked)
+        return recorder.sizes
+
+    def looked_at(self, inputs: Batch, targets: Tensor, guess: Guess) -> tuple[PerParameter, Layout, list[Tensor]]:
         """Return what a pass over the batch finds, the samples' places in it, and what was seen at taps [N, ...]."""
         seen, asked = list[Tensor](), Asked([*tensors(inputs), targets])
         with kept_buffers(self.model):
-            recorder, shared = self._batch_pass(inputs, targets, apart=apart, seen=seen, asked=asked)
+            recorder = self._batch_pass(inputs, targets, self.copied, guess=guess, seen=seen, asked=asked)
         asked.end()
-        found = recorder.all_wanted(size(inputs))
-        uses = {name: count for name, count in recorder.uses.items() if name in self.values and name not in shared}
-        return found, Layout(recorder.places, uses, recorder.at, recorder.copies, asked.given), seen
+        found, copies = recorder.all_wanted(size(inputs)), recorder.copies
+        uses = {name: count for name, count in recorder.uses.items() if name in self.values and name not in copies}
+        return found, Layout(recorder.places, uses, recorder.at, recorder.is_made, copies, asked.given), seen
 
     def under_vmap(self, with_rules: bool, answers: tuple[bool, ...] = ()) -> Way:
         """Return the way under vmap, where all samples give these answers."""
@@ -153,33 +163,43 @@ class Passes:
 
         A penalty on it asks for all of them, and may be small beside the loss.
         """
-        if not self.shared:
+        if not self.copied:
             return True
         with kept_buffers(self.model):
-            recorder, losses, _, copies = self._forward(inputs, targets)
+            recorder, losses, _, copies = self._forward(inputs, targets, self.copied)
         recorder.forward_is_over = True
         if not losses.requires_grad:
             return True
         found = torch.autograd.grad(losses[0], list(copies.values()), allow_unused=True)
         return not any(g is not None and g[1:].any() for g in found)
 
-    def _batch_pass(self, inputs: Batch, targets: Tensor, **how: Any) -> tuple[Recorder, Named]:  # noqa: ANN401
-        """Return the recorder of both passes, see there, and the parameters that were there as [N, ...]."""
-        recorder, losses, token, copies = self._forward(inputs, targets, **how)
+    def _batch_pass(self, inputs: Batch, targets: Tensor, copied: Collection[str], **how: Any) -> Recorder:  # noqa: ANN401
+        """Return the recorder of both passes, see there; some parameters [1, ...] are there as [N, ...]."""
+        recorder, losses, token, copies = self._forward(inputs, targets, copied, **how)
         by_copies, missed = self._backward(recorder, losses, token, copies)
         if missed:
+            self.copied |= missed.keys() & self.shared.keys()
             raise Uncovered
         for name, g in by_copies.items():
             recorder.copies.append(name)
             recorder.show(g)
             recorder.found[name].append(Dense(g[:, None]))
-        return recorder, copies
+        return recorder
 
-    def _forward(self, inputs: Batch, targets: Tensor, **how: Any) -> tuple[Recorder, Tensor, Tensor, Named]:  # noqa: ANN401
+    def _forward(
+        self,
+        inputs: Batch,
+        targets: Tensor,
+        copied: Collection[str] = (),
+        **how: Any,  # noqa: ANN401  see `Recorder`
+    ) -> tuple[Recorder, Tensor, Tensor, Named]:
         """Run the forward pass over the batch; return its recorder, the losses, the token, and the copies."""
         n = size(inputs)
-        copies = {name: p.expand(n, *p.shape[1:]).requires_grad_() for name, p in self.shared.items()}
+        each = {name: self.shared[name] for name in self.shared if name in copied}
+        copies = {name: p.expand(n, *p.shape[1:]).requires_grad_() for name, p in each.items()}
         token = self._token(n)
+        if n > 1 and "known" not in how:
+            how["clean"] = Clean(self.model)
         recorder = self._recorder(copies, token, samples=n, **how)
         model = (lambda *a, **k: functional_call(self.model, copies, a, k)) if copies else self.model
         with kept_attributes(self.model) if copies else nullcontext(), recorder:

@@ -1,8 +1,10 @@
 """Where the samples are in the tensors of a pass over the batch: not always on the first axis, nor alone on it."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
 
@@ -21,6 +23,8 @@ class Place(NamedTuple):
 
     def fits(self, x: Tensor, y: Tensor, n: int) -> bool:
         """Return whether N samples can be here in what goes into an op and comes out of it."""
+        if self == WITHOUT:
+            return True
         axis, length = (0, 1) if self == SHARED else (self.axis or 0, n * self.rows)
         return axis < min(x.dim(), y.dim()) and x.shape[axis] == y.shape[axis] == length
 
@@ -38,6 +42,9 @@ class Place(NamedTuple):
 SHARED = Place(-1)
 """Nowhere: what goes in and comes out is the same for all of them."""
 
+WITHOUT = Place(-2)
+"""No samples are in what goes in, and what comes out is made of parameters alone: autograd goes through the op."""
+
 ALONE = Place(None)
 
 
@@ -48,6 +55,7 @@ class Layout(NamedTuple):
         places: The samples' place at each tap.
         uses: How often parameters are used.
         names: Which parameters are used at each tap.
+        made: Of each tensor that may be made of parameters alone, whether it is.
         copies: Those that are there as [N, ...] and have a gradient.
         answers: What the pass answered.
     """
@@ -55,18 +63,55 @@ class Layout(NamedTuple):
     places: Sequence[Place]
     uses: Mapping[str, int]
     names: Sequence[tuple[str, ...]]
+    made: Sequence[bool]
     copies: Sequence[str]
     answers: tuple[bool, ...] = ()
 
 
-def likely(x: Tensor, n: int, apart: bool) -> list[Place]:
+Sizes: TypeAlias = list[torch.Size]
+"""Of the tensors that go into an op."""
+
+
+Elsewhere: TypeAlias = tuple[int, torch.Size | None]
+"""Another number of samples, and a tensor's size for it, if that is known."""
+
+
+class Guess(NamedTuple):
+    """What is guessed in a pass over the batch that is not known.
+
+    Attributes:
+        apart: Where several entries on an axis belong to a sample, whether they are likelier N apart.
+        shared: Whether what is the same for all samples is tapped as theirs; else it is made of parameters alone.
+        sizes: By N, of all ops that have rules: an input that is as large for another N has no samples.
+    """
+
+    apart: bool = False
+    shared: bool = True
+    sizes: Mapping[int, Sequence[Sizes]] = MappingProxyType({})
+
+    def elsewhere(self, n: int, op: int) -> tuple[int, Sizes]:
+        """Return another N, and the sizes at an op for it, where they are known."""
+        found = ((other, sizes[op]) for other, sizes in self.sizes.items() if other != n and op < len(sizes))
+        return next(found, (n, []))
+
+
+GUESSES = Guess(), Guess(apart=True), Guess(shared=False)
+
+
+def likely(x: Tensor, n: int, guess: Guess, elsewhere: Elsewhere) -> list[Place]:
     """Return where N samples may be in a tensor, the likeliest first.
 
     Args:
         x: The tensor.
         n: N.
-        apart: Where several entries on an axis belong to a sample, whether they are likelier N apart.
+        guess: What is guessed.
+        elsewhere: Another N, and the tensor's size for it: samples are on an axis that is longer for more of them.
     """
-    rows = len(x) // n if x.dim() else 0
-    several = [Place(0, rows, apart), Place(0, rows, not apart)] if rows > 1 else []
-    return [*(Place(axis) for axis in range(x.dim())), SHARED, *several]
+    other, shape = elsewhere
+    follow = [shape is None or x.shape[axis] * other == shape[axis] * n for axis in range(x.dim())]
+    shared = [SHARED] if guess.shared else []
+    if not any(follow):
+        return [*shared, WITHOUT]
+    rows = len(x) // n if follow[0] else 0
+    several = [Place(0, rows, guess.apart), Place(0, rows, not guess.apart)] if rows > 1 else []
+    return [*(Place(axis) for axis in range(x.dim()) if follow[axis]), *shared, *several, WITHOUT]

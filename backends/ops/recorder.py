@@ -5,9 +5,10 @@ How the passes are run is in `passes.py`.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any, TypeAlias
 
@@ -18,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 from backends import precision
 from backends.base import Named
 from backends.ops.answers import HEARD, Asked, Told
-from backends.ops.made import Made, Through
+from backends.ops.made import Clean, Made, Through, made_of
 from backends.ops.persample import PerSample
-from backends.ops.places import ALONE, SHARED, Layout, Place, likely
+from backends.ops.places import ALONE, GUESSES, SHARED, WITHOUT, Elsewhere, Guess, Layout, Place, Sizes, likely
 from backends.ops.rules import OVER_THE_BATCH, ROLES, RULES, UNDER_VMAP, Bound, Op, Rule
 from backends.ops.several import added
 from backends.ops.taps import BatchTap, Site, Tap, Uncovered
@@ -40,17 +41,20 @@ class Recorder(TorchFunctionMode):
         with_rules: Whether there are rules at all.
         samples: N in a pass over the batch; None under vmap.
         known: What is known of a pass over the batch; None where it is to be found.
-        apart: Where several entries on an axis belong to a sample, whether to look for them N apart.
+        guess: What is guessed where it is to be found.
         each: What is wanted of a parameter's gradients: had as soon as its last use, if that is known, is through.
         found: Per-sample gradients by the uses of each parameter, until then.
         wanted: What was wanted.
-        places: The samples' place at each tap so far.
+        places: The samples' place at each op so far that has a rule and a parameter.
         at: The parameters at each tap so far.
         copies: Those that are there as [N, ...] and have a gradient.
         seen: Where it is wanted, what went into each tap [N, ...], and then what came back, the last one first.
         uses: How many uses of each parameter are through.
         asked: What the model asks for, and is answered.
         made: In a pass over the batch, what is made of parameters alone, by names like theirs.
+        is_made: Whether it is, each time that this is asked of a tensor that might be.
+        sizes: Of the tensors that go into each op that has a rule, used or not, in a pass that is to be known.
+        clean: In such a pass, what may be made of parameters alone.
     """
 
     names: dict[int, str]
@@ -59,7 +63,7 @@ class Recorder(TorchFunctionMode):
     with_rules: bool = True
     samples: int | None = None
     known: Layout | None = None
-    apart: bool = False
+    guess: Guess = GUESSES[0]
     each: Each = lambda name, g: g
     found: dict[str, list[PerSample]] = field(default_factory=dict)
     wanted: dict[str, Any] = field(default_factory=dict)
@@ -70,6 +74,9 @@ class Recorder(TorchFunctionMode):
     uses: Counter[str] = field(default_factory=Counter)
     asked: Asked | Told | None = None
     made: dict[str, Made] = field(default_factory=dict)
+    is_made: list[bool] = field(default_factory=list)
+    sizes: list[Sizes] = field(default_factory=list)
+    clean: Clean | None = None
     forward_is_over: bool = False
 
     def __post_init__(self) -> None:
@@ -111,48 +118,54 @@ class Recorder(TorchFunctionMode):
         self.wanted[name] = self.each(name, added(self.found.pop(name), samples, self.values[name]))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
-        if self.samples is not None and self.samples > 1 and (of := self._parameters(args, kwargs or {})):
-            return self._made(func(*args, **(kwargs or {})), of)
+        run = partial(self._run, func, args, kwargs or {})
+        return run() if self.clean is None else self.clean.made(func, args, kwargs, run)
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401  as `__torch_function__` is given them
         if func in self._rewrites:
-            return self._rewritten(func, args, kwargs or {})
+            return self._rewritten(func, args, kwargs)
         if func in HEARD and self.asked is not None:
             return self.asked(func, args, kwargs)
-        if func in self._rules and (bound := self._bound(self._rules[func], args, kwargs or {})):
-            names = {role: self.names[p] for role in ROLES if (p := id(bound.arguments.get(role))) in self.names}
-            if names:
+        if func in self._rules and self.samples is not None and self.known is None:
+            self.sizes.append([t.shape for t in (*args, *kwargs.values()) if isinstance(t, Tensor)])
+        if func in self._rules and (bound := self._bound(self._rules[func], args, kwargs)):
+            found = {role: self._name(bound.arguments[role]) for role in ROLES if role in bound.arguments}
+            names = {role: name for role, name in found.items() if name is not None}
+            if names and self._name(bound.arguments["input"]) is None:
                 bound.arguments.update({role: self.values[name] for role, name in names.items()})
                 if self._rules[func].covers(bound.arguments):
-                    return self._tapped(func, bound, names)
-        return func(*args, **(kwargs or {}))
+                    elsewhere = self._elsewhere(bound.arguments["input"], (*args, *kwargs.values()))
+                    y = self._tapped(func, bound, names, elsewhere)
+                    if y is not None:
+                        return y
+        return func(*args, **kwargs)
 
-    def _parameters(self, args: Any, kwargs: Any) -> dict[str, Tensor]:  # noqa: ANN401
-        """Return the parameters that an op's tensors are, or are made of; none where one may belong to samples."""
-        found: dict[str, Tensor] = {}
-        for a in (*args, *kwargs.values()):
-            for t in a if isinstance(a, list | tuple) else (a,):
-                if isinstance(t, Tensor):
-                    name = self.names.get(id(t))
-                    if name is None or t.shape != self.values[name].shape:  # which a copy for each sample has not
-                        return {}
-                    found.update(self.made[name].of if name in self.made else {name: t})
-        return found
-
-    def _made(self, result: Any, of: Mapping[str, Tensor]) -> Any:  # noqa: ANN401  whatever an op returns
+    def _name(self, t: Any) -> str | None:  # noqa: ANN401
+        """Return the name of a parameter, or of what is made of parameters alone."""
+        name = self.names.get(id(t))
+        if name is not None or not self.samples or self.samples == 1 or not isinstance(t, Tensor) or t.grad_fn is None:
+            return name
+        of: dict[str, Tensor] = {}
+        clean = self.clean is None or t in self.clean
+        if clean and (self.known is None or any(self.known.made[len(self.is_made) :][:1])):
+            of = made_of(t, self.names, self.values) if t.is_floating_point() else {}
+        self.is_made.append(bool(of))
+        if not of:
+            return None
         if not self.made:
             self.names, self.values = dict(self.names), dict(self.values)  # they are shared by all passes
-        for t in result if isinstance(result, list | tuple) else (result,):
-            if isinstance(t, Tensor) and t.requires_grad and t.is_floating_point() and id(t) not in self.names:
-                name = f"made {len(self.made)}"  # no parameter has a name with a space
-                self.made[name] = Made(t, of)
-                self.names[id(t)], self.values[name], self.found[name] = name, t.detach(), []
-        return result
+        name = f"made {len(self.made)}"  # no parameter has a name with a space
+        self.made[name] = Made(t, of)
+        self.names[id(t)], self.values[name], self.found[name] = name, t.detach(), []
+        self.show(t.expand(self.samples, 1, *t.shape))  # a look finds out whether another sample changes it
+        return name
 
     def _bound(self, rule: Rule, args: Any, kwargs: Any) -> Bound | None:  # noqa: ANN401
-        if rule.commutes:  # elementwise: most have no parameter, and none of these may take long
-            which = [id(a) in self.names for a in args]
+        if rule.commutes:  # most have no parameter, and none of these may take long
+            which = [self._name(a) is not None for a in args]
             if sum(which) != 1:
                 return None
-            args = args if which[-1] else args[::-1]
+            args = args if which[-1] else rule.commutes(args)
         return rule.bind(args, kwargs)
 
     def _rewritten(self, func: Op, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
@@ -161,13 +174,25 @@ class Recorder(TorchFunctionMode):
             result = rewrite.function(*args, **kwargs)
         return func(*args, **kwargs) if result is NotImplemented else result
 
-    def _tapped(self, func: Op, bound: Bound, names: dict[str, str]) -> Tensor:
+    def _elsewhere(self, x: Tensor, args: Sequence[Any]) -> Elsewhere:
+        """Return another number of samples, and the size of an op's input for it, if that is known."""
+        n, sizes = self.guess.elsewhere(self.samples or 1, len(self.sizes) - 1)
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        return n, next((size for t, size in zip(tensors, sizes, strict=False) if t is x and len(size) == x.dim()), None)
+
+    def _tapped(self, func: Op, bound: Bound, names: dict[str, str], elsewhere: Elsewhere) -> Tensor | None:
+        """Return what an op returns, tapped; None where samples are not in it."""
         x = bound.arguments["input"]
+        if self.known is not None and self.known.places[len(self.places) :][:1] == [WITHOUT]:
+            self.places.append(WITHOUT)
+            return None
         if self._rules[func].folds and self.samples is not None and x.dim() > 2:
             x = bound.arguments["input"] = x.contiguous()
         y = bound.call(func)
         if self.samples is not None:
-            place = self._place(x, y, self.samples)
+            place = self._place(x, y, self.samples, elsewhere)
+            if place == WITHOUT:
+                return None
             of = [self.made[name].of if name in self.made else [name] for name in names.values()]
             self.at.append(tuple(chain.from_iterable(of)))
             if place == SHARED:
@@ -180,11 +205,12 @@ class Recorder(TorchFunctionMode):
         tapped: Tensor = Tap.apply(y, self.token, x, site, *others)
         return tapped
 
-    def _place(self, x: Tensor, y: Tensor, n: int) -> Place:
+    def _place(self, x: Tensor, y: Tensor, n: int, elsewhere: Elsewhere) -> Place:
         """Return where the samples are in what goes into an op and comes out of it: what is known, or the first fit."""
         if n == 1:
             return ALONE
-        known = likely(x, n, self.apart) if self.known is None else self.known.places[len(self.places) :][:1]
+        layout = self.known
+        known = likely(x, n, self.guess, elsewhere) if layout is None else layout.places[len(self.places) :][:1]
         for place in known:
             if place.fits(x, y, n):
                 self.places.append(place)

@@ -56,7 +56,8 @@ class Rule:
         covers: Whether the rule holds for these arguments, with the parameters themselves in their roles.
         folds: Whether the op multiplies vectors [..., d] as one matrix, which torch does for contiguous ones only where
             the weight needs no gradient; others it multiplies by a copy of the weight for each of the first axis.
-        commutes: Whether the op's two arguments may change places.
+        commutes: The op's arguments with those two that may change places in the other order; the last one may be a
+            parameter.
     """
 
     gradients: Callable[..., Pieces]
@@ -65,7 +66,7 @@ class Rule:
     defaults: Mapping[str, Any]
     covers: Callable[[Mapping[str, Any]], bool]
     folds: bool = False
-    commutes: bool = False
+    commutes: Callable[[Sequence[Any]], Sequence[Any]] | None = None
 
     @cached_property
     def known(self) -> frozenset[str]:
@@ -115,7 +116,7 @@ def rule(
     *ops: Op,
     covers: Callable[[Mapping[str, Any]], bool] = lambda arguments: True,
     folds: bool = False,
-    commutes: bool = False,
+    commutes: Callable[[Sequence[Any]], Sequence[Any]] | None = None,
 ) -> Callable[[F], F]:
     """Return the decorator that makes a function the rule of some ops.
 

@@ -14,6 +14,7 @@ from backends.ops.answers import OtherAnswers
 from backends.ops.choice import CHOSEN, capturing
 from backends.ops.footprint import NOTHING, Footprint
 from backends.ops.look import going_on, holds, itself, looked
+from backends.ops.made import settled
 from backends.ops.passes import ONE_BY_ONE, OVER_THE_BATCH, Passes, Way
 from backends.ops.recorder import Each
 from backends.ops.several import Grouped
@@ -68,7 +69,7 @@ class Ways:
                 raise
             own = torch.tensor(other.own, device=targets.device)
             groups = [torch.nonzero(own == answer)[:, 0] for answer in (True, False)]
-            found = [self(take(inputs, group), targets[group], itself) for group in groups]
+            found = [self(take(inputs, group), targets[group], settled) for group in groups]
             with torch.no_grad(), precision.without_autocast(targets.device):
                 return {name: each(name, Grouped([f[name] for f in found], other.own)) for name in self.of.values}
 
@@ -98,7 +99,7 @@ class Ways:
         self.footprint = self.footprints[form]
         if ways[0].name == OVER_THE_BATCH and size(inputs) > self.held[form] and not capturing(targets):
             ways = self._held(form, ways, inputs, targets)
-        kept = apply(torch.clone, inputs) if self.footprint.changes or form.answers else inputs
+        kept = apply(torch.clone, inputs) if self.footprint.changes else inputs
         for count, way in enumerate(ways):
             if count > 0:
                 _put_back(kept, inputs)  # the way before has left them half changed
