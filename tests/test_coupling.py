@@ -202,6 +202,16 @@ def test_a_parameter_may_have_the_same_gradient_for_all() -> None:
     assert CHOSEN["passes of Functional"] == "over the batch"
 
 
+def test_a_small_penalty_on_a_parameter_that_is_copied_is_seen() -> None:
+    """Each sample's loss would ask for all copies; in float32 a gradient may be a hundredth apart."""
+    model = model_of(
+        lambda s, x: s.a(torch.where(x > 0, x, s.new)) + 1e-4 * s.new.square().sum(), new=nn.Parameter(real(1, 5))
+    ).float()
+    ours, loop = (get_backend(b).grads(model, squares) for b in ("bookkeeping", "naive"))
+    found = (fn(X.float(), real(32).float()) for fn in (ours, loop))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
 def test_a_parameter_may_be_used_by_some() -> None:
     """A null embedding in place of a condition that is dropped: one sample that is looked at has it."""
 

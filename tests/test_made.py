@@ -124,6 +124,24 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         (2, 5),
     ),
     "of coordinates": (lambda: Functional(of_coordinates, a=linear(5, 5), b=linear(5, 5)), (2, 5)),
+    "with a buffer": (
+        lambda: Functional(
+            lambda s, x: F.linear(x, s.a.weight * s.n.running_var), a=linear(5, 5), n=nn.BatchNorm1d(5, affine=False)
+        ).eval(),
+        (2, 5),
+    ),
+    "a token, twice as wide": (
+        lambda: Functional(
+            lambda s, x: s.a(x.sin() + s.p.repeat(1, 1, 2)), a=linear(6, 5), p=nn.Parameter(real(1, 1, 3))
+        ),
+        (2, 6),
+    ),
+    "a net of a token": (
+        lambda: Functional(
+            lambda s, x: s.a(x + s.b(s.p).tanh()), a=linear(5, 5), b=linear(5, 5), p=nn.Parameter(real(1, 5))
+        ),
+        (2, 5),
+    ),
     "addcmul": (lambda: Functional(fused, a=linear(5, 5), b=linear(5, 5)), (2, 5)),
     "weight_norm": (lambda: nn.Sequential(parametrizations.weight_norm(nn.Conv2d(2, 4, 3)), nn.Tanh()), (2, 6, 6)),
     "attention to something else": (
@@ -239,6 +257,18 @@ def held_against_the_loop(model: nn.Module, quantity: str, *batches: Any, loss: 
         assert_close(ours(inputs, targets), loop(inputs, targets))
 
 
+def put_in(s: Any, kind: Tensor) -> Tensor:
+    w = s.w.clone()
+    w[0] = s.d[0] * kind.max()
+    return w
+
+
+def changed_behind(s: Any, kind: Tensor) -> Tensor:
+    scale = s.w.detach().clone()
+    scale.data.mul_(1 + kind.max())
+    return s.w * scale  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize(
     "chosen",
     [
@@ -247,6 +277,9 @@ def held_against_the_loop(model: nn.Module, quantity: str, *batches: Any, loss: 
         lambda s, kind: torch.stack([s.w, s.d]).index_select(0, kind[:1].clamp(max=1))[0],
         lambda s, kind: torch.stack([s.w, s.d])[kind[0].clamp(max=1)],
         lambda s, kind: s.w + s.d.clone().mul_(kind.amax()),
+        lambda s, kind: s.w * (1 + torch.from_numpy(kind.cpu().numpy()).to(s.w.device).max()),
+        put_in,
+        changed_behind,
         lambda s, kind: s.w.clone().index_add_(0, kind[:1], s.d[:1]),
     ],
 )
@@ -302,7 +335,7 @@ def test_a_sample_that_attends_to_nothing_is_right() -> None:
         beyond = torch.arange(3, device=x.device) >= length[:, None]
         mask = s.b.expand(len(x), 3, 3).masked_fill(beyond[:, None], -torch.inf)
         shared = F.scaled_dot_product_attention(
-            x, x, x, attn_mask=(2 * s.b)[0].tril() + torch.ones_like(s.b)[0].tril().log()
+            x, x, x, attn_mask=(2 * s.b)[0] + torch.ones_like(s.b)[0].tril(-1).log()
         )
         return F.scaled_dot_product_attention(s.a(x), x, x, attn_mask=mask) + shared
 
@@ -312,15 +345,35 @@ def test_a_sample_that_attends_to_nothing_is_right() -> None:
     held_against_the_loop(model, "norms", *(((x, length), targets) for length in lengths))
 
 
-@pytest.mark.parametrize("change", ["a buffer", "an attribute"])
+class ByItsModule(torch.autograd.Function):
+    """It reads, backwards, what its module holds then."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, module: Any) -> Tensor:
+        ctx.module = module
+        return w * module.factor
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g * ctx.module.factor, None
+
+
+@pytest.mark.parametrize("change", ["a buffer", "an attribute", "a number"])
 def test_what_another_group_changes_does_not_matter(change: str) -> None:
     def forward(s: Any, x: Tensor, mask: Tensor) -> Tensor:
         whole = bool(mask.all())
         if change == "a buffer":
             s.scale.fill_(1.0 if whole else 2.0)
-        else:
+        elif change == "an attribute":
             s.other.data.fill_(1.0 if whole else 2.0)
-        h = F.linear(x, s.a.weight * (s.scale if change == "a buffer" else s.other))
+        else:
+            s.factor = 1.0 if whole else 2.0
+        weights = {
+            "a buffer": lambda: s.a.weight * s.scale,
+            "an attribute": lambda: s.a.weight * s.other,
+            "a number": lambda: ByItsModule.apply(s.a.weight, s),
+        }
+        h = F.linear(x, weights[change]())
         return (h * mask[..., None]).sum(1)  # type: ignore[no-any-return]
 
     model = Functional(forward, a=linear(5, 5))

@@ -109,9 +109,8 @@ def likely(x: Tensor, n: int, guess: Guess, elsewhere: Elsewhere) -> list[Place]
     """
     other, shape = elsewhere
     follow = [shape is None or x.shape[axis] * other == shape[axis] * n for axis in range(x.dim())]
-    shared = [SHARED] if guess.shared else []
     if not any(follow):
-        return [*shared, WITHOUT]
+        return [SHARED, WITHOUT] if guess.shared else [WITHOUT]
     rows = len(x) // n if follow[0] else 0
     several = [Place(0, rows, guess.apart), Place(0, rows, not guess.apart)] if rows > 1 else []
-    return [*(Place(axis) for axis in range(x.dim()) if follow[axis]), *shared, *several, WITHOUT]
+    return [*(Place(axis) for axis in range(x.dim()) if follow[axis]), *several, WITHOUT]

@@ -131,7 +131,7 @@ class Recorder(TorchFunctionMode):
         if func in self._rules and (bound := self._bound(self._rules[func], args, kwargs)):
             found = {role: self._name(bound.arguments[role]) for role in ROLES if role in bound.arguments}
             names = {role: name for role, name in found.items() if name is not None}
-            if names and self._name(bound.arguments["input"]) is None:
+            if names:
                 bound.arguments.update({role: self.values[name] for role, name in names.items()})
                 if self._rules[func].covers(bound.arguments):
                     elsewhere = self._elsewhere(bound.arguments["input"], (*args, *kwargs.values()))
@@ -176,7 +176,9 @@ class Recorder(TorchFunctionMode):
 
     def _elsewhere(self, x: Tensor, args: Sequence[Any]) -> Elsewhere:
         """Return another number of samples, and the size of an op's input for it, if that is known."""
-        n, sizes = self.guess.elsewhere(self.samples or 1, len(self.sizes) - 1)
+        if self.known is not None or self.samples is None:
+            return 0, None
+        n, sizes = self.guess.elsewhere(self.samples, len(self.sizes) - 1)
         tensors = [a for a in args if isinstance(a, Tensor)]
         return n, next((size for t, size in zip(tensors, sizes, strict=False) if t is x and len(size) == x.dim()), None)
 
