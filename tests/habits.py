@@ -35,7 +35,7 @@ def differentiated_directly(model: nn.Module, inputs: Tensor, targets: Tensor) -
     return set(found[-1][0])
 
 
-def way_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> str:
+def way_of(model: nn.Module, inputs: Batch, targets: Tensor) -> str:
     """Return how the passes are run."""
     passes = Ways(Passes(own_copy(model), squares))
     passes(inputs, targets, itself)
@@ -43,7 +43,7 @@ def way_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> str:
     return way.name
 
 
-def over_the_batch(model: nn.Module, inputs: Tensor, targets: Tensor) -> bool:
+def over_the_batch(model: nn.Module, inputs: Batch, targets: Tensor) -> bool:
     """Return whether the passes are an ordinary step's."""
     return way_of(model, inputs, targets) == "over the batch"
 

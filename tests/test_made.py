@@ -343,6 +343,7 @@ def test_a_sample_that_attends_to_nothing_is_right() -> None:
     x, targets = real(6, 3, 5).to(DEVICE), real(6).to(DEVICE)
     lengths = [torch.tensor(n, device=DEVICE) for n in ([3, 2, 1, 3, 3, 2], [3, 0, 1, 3, 3, 2])]
     held_against_the_loop(model, "norms", *(((x, length), targets) for length in lengths))
+    assert over_the_batch(model, (x, lengths[1]), targets)
 
 
 class ByItsModule(torch.autograd.Function):
