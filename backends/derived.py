@@ -197,12 +197,12 @@ def squares_of(grads: Tensor) -> Tensor:
     whole = rows.shape[1] // BLOCK * BLOCK if rows.device.type == "cpu" else 0
     squares: Tensor
     if not whole:
-        squares = torch.linalg.vector_norm(rows, dim=1, dtype=dtype).square_()
+        squares = torch.linalg.vector_norm(rows, dim=1, dtype=dtype).square()
         return squares
     blocks = rows[:, :whole].unflatten(1, (-1, BLOCK))
-    squares = torch.linalg.vector_norm(blocks, dim=2, dtype=dtype).square_().sum(1)
+    squares = torch.linalg.vector_norm(blocks, dim=2, dtype=dtype).square().sum(1)
     if whole < rows.shape[1]:
-        squares += torch.linalg.vector_norm(rows[:, whole:], dim=1, dtype=dtype).square_()
+        squares += torch.linalg.vector_norm(rows[:, whole:], dim=1, dtype=dtype).square()
     return squares
 
 

@@ -25,7 +25,7 @@ def expanded(function: Any, args: Any, result: Any) -> tuple[list[Rows], list[Ro
         rows = batch_first(function, args, result)
         return rows[0][:1], rows[1]
     packed = not isinstance(args[2], list)  # then the second argument holds the batch's size at each step
-    steps = torch.cat([torch.arange(n) for n in args[1]]) if packed else None
+    steps = torch.cat([torch.arange(n, device="cpu") for n in args[1]]) if packed else None
     axis = 0 if packed or args[-1] else 1
     first, *states = tensors_in(result)
     return [Rows(args[0], axis, steps)], [Rows(first, axis, steps), *(Rows(state, 1) for state in states)]

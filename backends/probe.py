@@ -252,7 +252,8 @@ def some_targets(targets: Tensor, sizes: tuple[int, int] = SIZES) -> list[Tensor
 
 def spread(n: int, most: int) -> Tensor:
     """Return which of N samples are looked at, from the first to the last; a sample again where there are too few."""
-    return torch.arange(most) * (n - 1) // (most - 1) if n > most else torch.arange(most) % n
+    few = torch.arange(most, device="cpu")  # whatever the default device is
+    return few * (n - 1) // (most - 1) if n > most else few % n
 
 
 def _unequal(samples: Tensor) -> Tensor:

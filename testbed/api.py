@@ -80,7 +80,7 @@ def compare(
     backends = [backends] if isinstance(backends, str) else backends
     quantities = [quantities] if isinstance(quantities, str) else quantities
     timing = Timing(rounds=rounds, max_s=max_s, warmup=warmup)
-    backwards = torch.arange(size(inputs) - 1, -1, -1)
+    backwards = torch.arange(size(inputs) - 1, -1, -1, device="cpu")
     fresh_inputs, fresh_targets = fresh or (take(inputs, backwards), take(targets, backwards))
     problem = Problem(model, loss_fn, inputs, targets, fresh_inputs, fresh_targets)
     chosen = [Choice.model_validate(b) for b in backends] if backends else [Choice.of(name) for name in available()]

@@ -184,6 +184,6 @@ def _remembering(distances: Cloud) -> Cloud:
 
     @lru_cache(maxsize=1024)
     def kept(k: int, rows: tuple[int, ...]) -> Tensor:
-        return distances(k, torch.tensor(rows))
+        return distances(k, torch.tensor(rows, device="cpu"))
 
     return lambda k, rows: kept(k, tuple(rows.tolist()))

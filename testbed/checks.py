@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from backends.base import Unsupported, describe, first_line, own_copy
 from backends.batch import Batch, call, take
 from backends.given import refuse_past_the_copy
+from backends.probe import spread
 from backends.running import batch_gradient, culprit, kept_buffers, kept_random_state, seeded
 from testbed.problems.base import Problem
 from testbed.samples import narrow
@@ -62,7 +63,7 @@ def _refuse_other_sums(wide: Problem) -> None:
 
     InstanceNorm on a CPU is such a case, of one sample and a gradient that is channels_last (torch 2.14).
     """
-    few = narrow(wide, torch.arange(FEW) * (wide.n - 1) // (FEW - 1)) if wide.n > FEW else wide
+    few = narrow(wide, spread(wide.n, FEW)) if wide.n > FEW else wide
     alone = [
         batch_gradient(wide.model, wide.loss_fn, take(few.inputs, i), take(few.targets, i))
         for i in (slice(i, i + 1) for i in range(few.n))

@@ -109,7 +109,7 @@ def cancellation(dtype: torch.dtype, positions: int = 1024, width: int = 64, sam
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
     a = normal(samples, 1, width) + 1e-2 * normal(samples, positions, width)
     g = normal(samples, positions, width)

@@ -22,7 +22,7 @@ def choose(n: int, most: int) -> Tensor | None:
     """Return the indices of a random choice of `most` of n samples, always the same one; None if all are taken."""
     if n <= most:
         return None
-    return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:most].sort().values
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0), device="cpu")[:most].sort().values
 
 
 def narrow(problem: Problem, index: Tensor) -> Problem:

@@ -190,7 +190,7 @@ class Worker:
     def _drawn(self, draw: int) -> tuple[Batch, Tensor]:
         """Return the samples of a draw, in the tensors that are timed."""
         p = self.problem
-        drawn = torch.randint(p.n, (p.n,), generator=torch.Generator().manual_seed(draw)).to(p.device)
+        drawn = torch.randint(p.n, (p.n,), generator=torch.Generator().manual_seed(draw), device="cpu").to(p.device)
         return self._in_place(take(p.inputs, drawn), p.targets[drawn])
 
     def _in_place(self, inputs: Batch, targets: Tensor) -> tuple[Batch, Tensor]:

@@ -1,16 +1,19 @@
 """The bookkeeping backend: every rule against autograd, and what its options do."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from backends import get_backend, precision
+from backends.base import QUANTITIES
 from backends.ops.correlation import Correlation
 from tests.asserts import assert_close
-from tests.cases import DEVICE, Functional, N, linear, real, squares
+from tests.cases import DEVICE, Functional, N, cases, linear, real, squares
 from tests.habits import assert_right, differentiated_directly, over_the_batch
 
 pytestmark = pytest.mark.usefixtures("own_random_state")
@@ -185,3 +188,26 @@ def test_uses_of_a_weight_in_two_dtypes_are_added_in_the_wider() -> None:
             for b in ("bookkeeping", "naive")
         )
         assert (ours["c.weight"] - loop["c.weight"]).norm() <= 1e-4 * loop["c.weight"].norm()
+
+
+class Reads(TorchDispatchMode):
+    """Counts values that are read: for each, a GPU has to be through with all that was asked of it."""
+
+    OPS = ("_local_scalar_dense", "equal", "nonzero", "masked_select")
+    many = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.many += func.overloadpacket.__name__ in self.OPS
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
+@pytest.mark.parametrize("name", ["tutorial", "position embeddings", "MultiheadAttention", "GroupNorm"])
+def test_later_calls_read_no_value(name: str, quantity: str) -> None:
+    case = next(c for c in cases() if c.name == name)
+    fn = getattr(get_backend("bookkeeping"), quantity)(case.model, case.loss_fn)
+    for _ in range(2):
+        fn(case.inputs, case.targets)
+    with Reads() as reads:
+        fn(case.inputs, case.targets)
+    assert not reads.many

@@ -123,6 +123,14 @@ def test_batches_of_another_length_work(backend: Backend, case: Case, run: Run) 
 
 
 @pytest.mark.parametrize("quantity", QUANTITIES)
+@pytest.mark.parametrize("name", ["tutorial", "position embeddings", "MultiheadAttention", "LSTM"])
+def test_nothing_is_made_on_the_default_device(backend: Backend, name: str, quantity: str, run: Run) -> None:
+    with torch.device("meta"):  # as elsewhere as a GPU's model is from the CPU, where there is no GPU
+        found = run(backend, next(c for c in CASES if c.name == name), quantity)
+    assert_close(found, truth(name, quantity))
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
 def test_a_batch_of_no_samples_is_refused_with_the_reason(backend: Backend, quantity: str) -> None:
     case = named("mlp")
     if quantity not in backend.quantities:
@@ -276,6 +284,12 @@ def test_autocast_is_near_the_reference_under_autocast(name: str, quantity: str,
     assert {t.dtype for t in tensors_in(result)} == {torch.float32}
     for a, b in zip(tensors_in(result), tensors_in(expected), strict=True):
         assert (a - b).norm() <= 0.1 * b.norm()
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_vmap_runs_no_op_sample_by_sample(quantity: str, run: Run, recwarn: pytest.WarningsRecorder) -> None:
+    run(get_backend("vmap"), named("tutorial"), quantity)
+    assert not [w for w in recwarn if "performance drop" in str(w.message)]  # what it says of ops without a rule
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own

@@ -70,7 +70,7 @@ def test_a_matrix_makes_no_gradients_before_they_are_wanted(name: str) -> None:
     found = einsum(torch.ones_like(y)[:, None], equation, input[:, None], weight)["weight"]
     assert isinstance(found, Dense) != is_matrix
     (truth,) = torch.func.vmap(torch.func.vjp(lambda w: torch.einsum(equation, input, w), weight)[1])(
-        torch.diag_embed(torch.ones(len(y)).double()).reshape(len(y), len(y), *[1] * (y.dim() - 1)).expand(-1, *y.shape)
+        torch.diag_embed(y.new_ones(len(y))).reshape(len(y), len(y), *[1] * (y.dim() - 1)).expand(-1, *y.shape)
     )
     assert_close(found.rows(slice(None)), truth)
 

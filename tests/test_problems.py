@@ -34,6 +34,13 @@ def test_simple_cnn_is_the_tutorials() -> None:
     }
 
 
+def test_everything_is_made_on_the_cpu_whatever_the_default_device_is() -> None:
+    with torch.device("meta"):
+        made = small("simple_cnn")
+    assert made.device == torch.device("cpu")
+    assert torch.equal(made.inputs, small("simple_cnn").inputs)
+
+
 # Data and options that make a small problem of a model; the others take data `random` as it is.
 SMALL_IMAGES = {"shape": (3, 32, 32)}
 SMALL_TOKENS = {"length": 6, "vocabulary": 50}

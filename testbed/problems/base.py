@@ -157,8 +157,8 @@ def make_problem(
                 raise ValueError(f"it returned {n}")
             return samples
 
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # everything is made on the CPU
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # everything is made on the CPU
+        torch.default_generator.manual_seed(seed)
         batch = draw()
         with _blaming(f"model '{model}' cannot be made", chosen[1]):
             network = MODELS[model](batch, **chosen[1])
