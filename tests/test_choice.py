@@ -1,6 +1,8 @@
 """What is chosen by measuring: by what time, and never a kernel that is wrong or does not run."""
 
 import time
+from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -147,6 +149,20 @@ def test_what_is_recorded_has_choices_of_its_own(monkeypatch: pytest.MonkeyPatch
     assert [value for key, value in found.items() if "in a CUDA graph" in key] == ["many launches"]
     assert set(slow) == {True, False}
     assert not graphs.ahead()
+
+
+def test_a_way_that_is_clearly_slower_is_not_tried_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    takes, tried = {"near": 1.2, "fast": 1.0, "slow": 1.3}, Counter[str]()
+
+    def timed(way: Callable[[], str], like: Tensor) -> float:
+        tried[way()] += 1
+        return 9.0 if tried[way()] == 1 else takes[way()]  # the first time it compiles
+
+    monkeypatch.setattr(choice, "timed", timed)
+    ways = {name: lambda name=name: name for name in takes}
+    assert choice.fastest_name(ways, "slow ways", 1, torch.zeros(1)) == "fast"
+    assert tried == {"near": 5, "fast": 5, "slow": 2}
+    CHOSEN.pop(next(key for key in CHOSEN if key.startswith("slow ways")))
 
 
 def test_ways_for_a_graph_are_timed_while_the_device_is_held_back(monkeypatch: pytest.MonkeyPatch) -> None:

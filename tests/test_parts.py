@@ -58,6 +58,24 @@ def test_parts_double_for_as_long_as_that_takes_no_longer(
 
 
 @pytest.mark.parametrize(
+    ("takes", "tries"), [((0.01, 0.0102), 5), ((0.01, 0.012), 2), ((0.012, 0.01), 2), ((0.6, 0.6), 1)]
+)
+def test_counts_are_timed_until_it_is_clear_which_is_faster(
+    takes: tuple[float, float], tries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+
+    def timed(run: object, like: Tensor) -> float:
+        seen.append(takes[len(seen) % 2])
+        return seen[-1]
+
+    monkeypatch.setattr("backends.ops.parts.timed", timed)
+    parts = InParts(lambda inputs, targets: targets, lambda *batch: None, torch.cat, "nothing")
+    assert parts._seconds((1, 2), real(8, 5), real(8)) == dict(zip((1, 2), takes, strict=True))
+    assert len(seen) == 2 * tries
+
+
+@pytest.mark.parametrize(
     "lack", [torch.OutOfMemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried …")]
 )
 def test_a_batch_that_is_too_large_for_memory_is_run_in_parts(lack: RuntimeError) -> None:

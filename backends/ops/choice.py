@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from math import inf
 from typing import Literal, TypeAlias
 
 import torch
@@ -37,7 +38,9 @@ AMONG: dict[Kernels, str] = {"checked": "", "all": ", unchecked kernels too", "n
 COMPARED = 2**26  # bytes of what a kernel makes, at either end: there may be no room for all of it a second time
 CYCLES = 2e9  # of a GPU in a second, or fewer
 HELD_BACK = 0.02  # seconds at most: a first call may compile
-TRIES = 5  # of each way, in turn: the first one may compile, allocate, or pick a kernel
+TRIES = 5  # of each way, in turn
+WARM = 2  # of them for all ways: the first one may compile, allocate, or pick a kernel
+CLEARLY = 1.25  # times as long as the fastest so far: then the others need not be tried
 
 
 def fastest(
@@ -83,8 +86,11 @@ def fastest_name(ways: Mapping[str, Callable[[], object]], what: str, samples: i
         for way in ways.values():
             if isinstance(way, _Kernel):
                 way.compare(like)
-        rounds = [{name: timed(way, like) for name, way in ways.items()} for _ in range(TRIES)]
-        seconds = {name: min(r[name] for r in rounds) for name in ways}
+        seconds = dict.fromkeys(ways, inf)
+        for tries in range(1, TRIES + 1):
+            for name, way in ways.items():
+                if tries <= WARM or seconds[name] <= CLEARLY * min(seconds.values()):
+                    seconds[name] = min(seconds[name], timed(way, like))
         _RANKED[key, like.device] = known = sorted(ways, key=lambda name: seconds[name])
         CHOSEN[key] = known[0]
         for name, way in ways.items():
@@ -183,7 +189,7 @@ def capturing(like: Tensor) -> bool:
 def timed(way: Callable[[], object], like: Tensor) -> float:
     """Return how many seconds a way takes; endless where it needs more memory than there is, or its kernel fails."""
     if isinstance(way, _Kernel) and way.failure:
-        return float("inf")
+        return inf
     if like.is_cuda and ahead():
         return _on_device(way, like)
     _wait(like)
@@ -193,12 +199,12 @@ def timed(way: Callable[[], object], like: Tensor) -> float:
         way()
         _wait(like)
 
-    return time.perf_counter() - start if enough_for(run) else float("inf")
+    return time.perf_counter() - start if enough_for(run) else inf
 
 
 def _on_device(way: Callable[[], object], like: Tensor) -> float:
     """Return how many seconds a way takes the device, which is held back until the host has launched all of it."""
-    found = [float("inf")]
+    found = [inf]
 
     def run() -> None:
         begun = time.perf_counter()

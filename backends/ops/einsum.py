@@ -69,6 +69,9 @@ class _Reshaped(PerSample):
     def weighted(self, factors: Tensor, empty: Empty = fresh) -> Tensor:
         return self.of.weighted(factors, empty).reshape(self.shape)
 
+    def variance(self) -> Tensor:
+        return self.of.variance().reshape(self.shape)
+
     def gram(self) -> Tensor:
         return self.of.gram()
 
@@ -88,7 +91,8 @@ def _as_matrix(terms: _Terms, g: Tensor, input: Tensor, weight: Tensor) -> PerSa
         return moved.reshape(len(t), prod(moved.shape[1 : 1 + len(rest)]), -1)
 
     pair = vectors(input, terms.input, before), vectors(g, terms.output, after)
-    return _Reshaped(Outer(*(pair if terms.weight[0] in before else pair[::-1])), tuple(weight.shape))
+    outer, shape = Outer(*(pair if terms.weight[0] in before else pair[::-1])), tuple(weight.shape)
+    return outer if outer.shape == shape else _Reshaped(outer, shape)
 
 
 @rule(

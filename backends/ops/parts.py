@@ -33,7 +33,8 @@ MOST = 8  # parts, unless memory asks for more
 WITHIN = 1.3  # times the peak memory of an ordinary step
 SAVES = 0.9  # times the memory, or less, that twice as many parts must take to be worth it
 EQUAL = 1.02  # times as long is as fast: then more parts are better, since they hold less
-LONG = 1.0  # seconds; what takes longer is timed once
+CLEARLY = 1.05  # times as long, the shorter of two each, is slower
+LONG = 1.0  # seconds after which nothing is timed again
 
 
 @dataclass
@@ -79,9 +80,10 @@ class InParts(Generic[R]):
     def choose(self, inputs: Batch, targets: Tensor) -> None:
         """Measure how many parts are best: twice as many while that takes too much memory, or does not take longer."""
         n, (best, most) = size(inputs), self._least(inputs, targets)
-        while (more := 2 * best) <= MOST and n >= more * LEAST and self._taken(more, inputs, targets) <= most:
+        while (more := 2 * best) <= MOST and n >= more * LEAST:
+            self._try(more, inputs, targets)
             seconds = self._seconds((best, more), inputs, targets)
-            if not seconds[more] <= EQUAL * seconds[best]:
+            if not seconds[more] <= EQUAL * seconds[best] or _peak(partial(self._in, more), inputs, targets) > most:
                 break
             best = more
         release()  # memory of what has been tried, in sizes that may not come again
@@ -96,7 +98,7 @@ class InParts(Generic[R]):
         best, most = 1, inf
         with going_on():  # a step of a whole batch may fail where samples alone do not: then there is no bound
             least = self._taken(1, inputs, targets)
-            most = max(FREE, WITHIN * _peak(self.step, inputs, targets))
+            most = FREE if least < FREE else max(FREE, WITHIN * _peak(self.step, inputs, targets))
             for count in _doublings(size(inputs)):
                 if least < most:
                     break
@@ -109,9 +111,12 @@ class InParts(Generic[R]):
 
     def _taken(self, count: int, inputs: Batch, targets: Tensor) -> float:
         """Return how many bytes so many parts take at most."""
-        run = partial(self._in, count)
-        enough_for(partial(_on_copies, run, inputs, targets))  # new ways are tried now, and take memory of their own
-        return _peak(run, inputs, targets)
+        self._try(count, inputs, targets)
+        return _peak(partial(self._in, count), inputs, targets)
+
+    def _try(self, count: int, inputs: Batch, targets: Tensor) -> None:
+        """Run so many parts: new ways are tried now, which takes time and memory of its own."""
+        enough_for(partial(_on_copies, partial(self._in, count), inputs, targets))
 
     def _in(self, count: int, inputs: Batch, targets: Tensor) -> R:
         if count == 1:
@@ -120,13 +125,13 @@ class InParts(Generic[R]):
         return self.merge([self.run(*part) for part in chunks(inputs, targets, most)])
 
     def _seconds(self, counts: tuple[int, int], inputs: Batch, targets: Tensor) -> dict[int, float]:
-        """Return how long each of two counts takes, in turn; both have run before, when their memory was measured."""
-        found = dict.fromkeys(counts, inf)
-        for _ in range(TRIES):
+        """Return how long each of two counts takes, in turn, until one is clearly faster; both have run before."""
+        found, spent = dict.fromkeys(counts, inf), 0.0
+        for tries in range(1, TRIES + 1):
             for count in counts:
                 seconds = timed(partial(_on_copies, partial(self._in, count), inputs, targets), targets)
-                found[count] = min(found[count], seconds)
-            if max(found.values()) > LONG:
+                found[count], spent = min(found[count], seconds), spent + seconds
+            if spent > LONG or (tries > 1 and max(found.values()) > CLEARLY * min(found.values())):
                 break
         return found
 
