@@ -75,6 +75,28 @@ def test_counts_are_timed_until_it_is_clear_which_is_faster(
     assert len(seen) == 2 * tries
 
 
+def test_what_is_timed_has_run_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With parts of another size there may be other ways, which are measured when they first run."""
+    seen, before = set[int](), list[set[int]]()
+
+    def run(inputs: Batch, targets: Tensor) -> Tensor:
+        seen.add(len(targets))
+        return targets
+
+    def timed(way: object, like: Tensor) -> float:
+        before.append(set(seen))
+        return 1.0
+
+    monkeypatch.setattr("backends.ops.parts.timed", timed)
+    InParts(run, run, torch.cat, "nothing").choose(real(8, 5), real(8))
+    assert before[0] == {8, 4}
+
+
+def test_no_step_is_run_where_little_memory_is_taken() -> None:
+    parts = InParts(lambda inputs, targets: targets, lambda *batch: pytest.fail("a step"), torch.cat, "nothing")
+    parts.choose(real(8, 5), real(8))
+
+
 @pytest.mark.parametrize(
     "lack", [torch.OutOfMemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried …")]
 )
