@@ -21,6 +21,7 @@ from testbed.problems import Problem
 from testbed.problems.base import put
 from testbed.records import Record
 from testbed.referee import Referee
+from tests.asserts import assert_close
 from tests.cases import DEVICE
 
 README = Path(__file__).parent.parent / "backends" / "README.md"
@@ -262,3 +263,12 @@ def test_backends_are_guarded_unless_said_otherwise() -> None:
     with unguarded():
         assert not guarded()
     assert guarded()
+
+
+def test_packed_sequences_do_not_mind_what_the_default_device_is() -> None:
+    (case,) = choose_cases("batch: packed sequences, in order")
+    setup = case.build()
+    fn = get_backend("expanded_weights").grads(setup.model, setup.loss_fn)
+    with torch.device("meta"):
+        found = fn(setup.inputs, setup.targets)
+    assert_close(found, get_backend("naive").grads(setup.model, setup.loss_fn)(setup.inputs, setup.targets))
