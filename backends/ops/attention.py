@@ -74,13 +74,12 @@ def with_bias(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
+    *others: Any,  # noqa: ANN401  dropout_p, is_causal
     scale: float | None = None,
-    enable_gqa: bool = False,
+    **options: Any,  # noqa: ANN401  these, or enable_gqa
 ) -> Any:  # noqa: ANN401  a Tensor, or NotImplemented
     """Add a learned mask, which all samples share, by an op that has a rule: a fused kernel would hide it."""
-    if attn_mask is None or not attn_mask.requires_grad or dropout_p or is_causal or enable_gqa:
+    if attn_mask is None or not attn_mask.requires_grad or any(others) or any(options.values()):
         return NotImplemented
     if attn_mask.dim() == query.dim() and len(attn_mask) > 1:
         return NotImplemented
