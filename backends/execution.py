@@ -81,6 +81,8 @@ class Executed(Backend):
         return self._build("gram", model, loss_fn)
 
     def _build(self, quantity: str, model: nn.Module, loss_fn: LossFn, **options: Any) -> Fn:  # noqa: ANN401
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model should be a torch.nn.Module, found {type(model).__name__}")
         parameters = trainable(model)
         device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
         for name, p in parameters.items():

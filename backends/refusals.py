@@ -44,13 +44,15 @@ def refuse_impure(model: nn.Module) -> None:
     """Refuse modules whose samples have no gradients of their own, or that change their weights, or that have no copy.
 
     Raises:
-        Unsupported: A parameter without a shape, or with a hook on its gradient; BatchNorm in training mode or without
-            running statistics, an embedding with `max_norm` or `scale_grad_by_freq`, a scripted or traced module, a
-            recurrent layer in eval mode on CUDA.
+        Unsupported: A parameter without a shape or values, or with a hook on its gradient; BatchNorm in training mode
+            or without running statistics, an embedding with `max_norm` or `scale_grad_by_freq`, a scripted or traced
+            module, a recurrent layer in eval mode on CUDA.
     """
     for name, p in model.named_parameters():
         if is_lazy(p):
             raise Unsupported(f"`{name}` has no shape yet; run the model once")
+        if p.is_meta:
+            raise Unsupported(f"`{name}` is on the meta device, without values; initialise it first")
         if p.requires_grad and p._backward_hooks:
             raise Unsupported(
                 f"`{name}` has a hook on its gradient (register_hook), of which a backend's copy has none; "

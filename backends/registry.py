@@ -37,7 +37,8 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     """Return the sentence for a name that is not known: what was asked, what is allowed."""
     names = sorted(known)
-    return f"unknown {kind} '{name}'{did_you_mean(name, names)}; available: {', '.join(names) or 'none'}"
+    listed = ", ".join(f"'{known}'" if "," in known else known for known in names)
+    return f"unknown {kind} '{name}'{did_you_mean(name, names)}; available: {listed or 'none'}"
 
 
 def options_of(thing: Callable[..., Any]) -> dict[str, inspect.Parameter]:

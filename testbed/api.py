@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from backends import available
 from backends.base import BACKENDS, QUANTITIES, Backend, LossFn, Unsupported
 from backends.batch import Batch, apply, size, take
-from backends.registry import UnknownName, check_options, unknown
+from backends.registry import BadOption, UnknownName, check_options, explain, unknown
 from testbed.agreement import RULES, Rule
 from testbed.cell import Cell
 from testbed.config.experiment import Choice, Combination, Experiment, Timing, Workload
@@ -76,15 +77,26 @@ def compare(
         ValueError: Inputs and targets are no batch, or a number is out of range.
     """
     check_arguments(model, loss_fn, inputs, targets)
+    if fresh is not None and not (isinstance(fresh, tuple) and len(fresh) == 2):
+        raise TypeError(f"fresh should be a pair (inputs, targets), found {type(fresh).__name__}")
+    if fresh is not None and size(fresh[0]) != size(fresh[1]):
+        raise ValueError(f"fresh should hold as many targets as inputs, found {size(fresh[0])} and {size(fresh[1])}")
     inputs, targets = apply(torch.Tensor.detach, inputs), targets.detach()
     backends = [backends] if isinstance(backends, str) else backends
     quantities = [quantities] if isinstance(quantities, str) else quantities
-    timing = Timing(rounds=rounds, max_s=max_s, warmup=warmup)
+    for asked, found in (("backends", backends), ("quantities", quantities)):
+        if found is not None and not found:
+            raise ValueError(f"{asked} should name at least one, found none")
     backwards = torch.arange(size(inputs) - 1, -1, -1, device="cpu")
-    fresh_inputs, fresh_targets = fresh or (take(inputs, backwards), take(targets, backwards))
+    fresh_inputs, fresh_targets = fresh if fresh is not None else (take(inputs, backwards), take(targets, backwards))
     problem = Problem(model, loss_fn, inputs, targets, fresh_inputs, fresh_targets)
-    chosen = [Choice.model_validate(b) for b in backends] if backends else [Choice.of(name) for name in available()]
-    wanted = [Choice.model_validate(q) for q in quantities]
+    try:
+        timing = Timing(rounds=rounds, max_s=max_s, warmup=warmup)
+        chosen = [Choice.model_validate(b) for b in (available() if backends is None else backends)]
+        wanted = [Choice.model_validate(q) for q in quantities]
+        judged = rule(Choice.model_validate(agreement))
+    except ValidationError as error:
+        raise BadOption(explain(error.errors()[0]).removeprefix("'': ")) from None
     said = {
         "model": type(model).__name__,
         "loss": getattr(loss_fn, "__name__", type(loss_fn).__name__),
@@ -94,9 +106,7 @@ def compare(
     }
     if baseline is not None and baseline not in [choice.name for choice in chosen]:
         raise UnknownName(unknown("baseline", baseline, [choice.name for choice in chosen]))
-    how = Settings(
-        "compare", rule(Choice.model_validate(agreement)), **timing.model_dump(), baseline=baseline, seed=seed
-    )
+    how = Settings("compare", judged, **timing.model_dump(), baseline=baseline, seed=seed)
     records: list[Record] = []
     run(lambda: problem, said, cells(chosen, wanted), how, lambda record, _: records.append(record), progress)
     return Report(records)
@@ -118,10 +128,10 @@ def check_arguments(model: nn.Module, loss_fn: LossFn, inputs: Batch, targets: T
     if size(inputs) != size(targets):
         raise ValueError(f"inputs and targets should hold as many samples, found {size(inputs)} and {size(targets)}")
     parameters = list(model.parameters())
-    if not any(p.is_floating_point() for p in parameters if not is_lazy(p)):
-        raise ValueError("the model has no floating-point parameter: nothing to differentiate")
-    if any(p.is_meta or is_lazy(p) for p in parameters):
+    if any(is_lazy(p) or p.is_meta for p in parameters):
         raise ValueError("the model has parameters without values (meta device or lazy module); initialise it first")
+    if not any(p.is_floating_point() or p.is_complex() for p in parameters):
+        raise ValueError("the model has no floating-point parameter: nothing to differentiate")
 
 
 def run_experiment(

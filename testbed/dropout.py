@@ -4,15 +4,16 @@ A random model has no repeatable gradient to compare. `with_masks` draws every d
 of the batch, so that each sample keeps its own mask whichever backend runs it, in whatever order.
 """
 
-import copy
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from backends.batch import Batch, call, size
-from backends.running import seeded
+from backends.base import full_copy, trainable
+from backends.batch import Batch, call, size, take
+from backends.running import kept_buffers, seeded
+from backends.shortage import lack_of_memory
 from testbed.problems import Problem
 
 PLAIN = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)  # these multiply by a mask and nothing else
@@ -20,15 +21,17 @@ MASK = "dropout_mask_{}"
 
 
 class MaskedDropout(nn.Module):
-    """Multiplies by the next of the masks it was given for this call."""
+    """Multiplies by the next of the masks it was given for this call; a checkpoint may ask again for one alone."""
 
     def __init__(self) -> None:
         super().__init__()
         self.masks: list[Tensor] = []
+        self.calls = 0
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the input [N, ...] times its mask [N, ...]."""
-        mask = self.masks.pop(0)
+        mask = self.masks[0 if len(self.masks) == 1 else self.calls]
+        self.calls += 1
         return x * mask
 
 
@@ -41,23 +44,43 @@ def with_masks(problem: Problem, seed: int = 0) -> Problem:
     """Return the problem with the masks of its dropout modules as further inputs, for both batches.
 
     Masks are what the dropout modules themselves return for ones while the model runs once. A mask that does not
-    have the samples on its first axis cannot belong to a batch; such a problem stays random and is refused as that.
+    have the samples on its first axis cannot belong to a batch; such a problem stays random and is refused as that. So
+    does one that does not run with masks, or does not run at all, which is for others to say.
     """
-    order, masks = _unzipped(_draw(problem.model, problem.inputs, seed))
-    fresh_order, fresh_masks = _unzipped(_draw(problem.model, problem.fresh_inputs, seed + 1))
-    n, fresh_n = problem.n, size(problem.fresh_inputs)
-    if order != fresh_order or any(len(m) != n for m in masks) or any(len(m) != fresh_n for m in fresh_masks):
+    try:
+        masked = _with_masks(problem, seed)
+        if masked is not None:
+            _try(masked)
+    except Exception as error:  # whatever a model's code may raise
+        if lack_of_memory(error):
+            raise
         return problem
-    model = copy.deepcopy(problem.model)
+    return masked or problem
+
+
+def _with_masks(problem: Problem, seed: int) -> Problem | None:
+    """Return the problem with masks, or None where they are not one for each sample."""
+    inputs, fresh = problem.inputs, problem.fresh_inputs
+    fewer = take(inputs, slice(0, max(1, problem.n - 1)))  # of which other axes are as long as before
+    drawn = [_unzipped(_draw(problem.model, batch, seed + k)) for k, batch in enumerate((inputs, fresh, fewer))]
+    orders = {order for order, _ in drawn}
+    lengths = [{len(mask) for mask in masks} for _, masks in drawn]
+    if len(orders) > 1 or () in orders or lengths != [{size(batch)} for batch in (inputs, fresh, fewer)]:
+        return None
+    (order, masks), (_, fresh_masks), _ = drawn
+    model = full_copy(problem.model)
     for path in random_dropouts(model):
         model.set_submodule(path, MaskedDropout())
     model.register_forward_pre_hook(_Strip(order), with_kwargs=True)
-    return replace(
-        problem,
-        model=model,
-        inputs=_extended(problem.inputs, masks),
-        fresh_inputs=_extended(problem.fresh_inputs, fresh_masks),
-    )
+    return replace(problem, model=model, inputs=_extended(inputs, masks), fresh_inputs=_extended(fresh, fresh_masks))
+
+
+def _try(problem: Problem) -> None:
+    """Run a step: where a checkpoint asks again for several masks, these are in another order, and used up."""
+    parameters = list(trainable(problem.model).values())
+    with kept_buffers(problem.model), seeded(problem.model, 0), torch.enable_grad():
+        loss = problem.loss_fn(call(problem.model, problem.inputs), problem.targets).sum()
+        torch.autograd.grad(loss, parameters, allow_unused=True)
 
 
 class _Strip:
@@ -75,7 +98,8 @@ class _Strip:
         else:
             masks = tuple(kwargs.pop(MASK.format(i)) for i in range(len(self.order)))
         for path in self.order:
-            model.get_submodule(path).masks = []  # type: ignore[assignment]  # a list, which is no tensor or module
+            dropout = model.get_submodule(path)
+            dropout.masks, dropout.calls = [], 0  # type: ignore[assignment]  # which are no tensors or modules
         for path, mask in zip(self.order, masks, strict=True):
             model.get_submodule(path).masks.append(mask)  # type: ignore[union-attr, operator]
         return args, kwargs
@@ -96,7 +120,7 @@ class _Drawing(nn.Module):
 
 def _draw(model: nn.Module, inputs: Batch, seed: int) -> list[tuple[str, Tensor]]:
     """Return path and mask of each call of a dropout module, in the order of the calls."""
-    model = copy.deepcopy(model)
+    model = full_copy(model)
     drawn: list[tuple[str, Tensor]] = []
     for path in random_dropouts(model):
         model.set_submodule(path, _Drawing(model.get_submodule(path), path, drawn))

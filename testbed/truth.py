@@ -4,7 +4,6 @@ The truth is what the reference backend computes in float64; the yardstick is wh
 and clipped sums have a second one, by torch's own norm and an ordinary backward pass, which round more.
 """
 
-import copy
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from backends import get_backend, precision, reference
-from backends.base import LossFn, clip_factors, trainable
+from backends.base import LossFn, clip_factors, full_copy, trainable
 from backends.batch import Batch, apply, take
 from testbed.agreement import PER_SAMPLE, Draw, Result, Rows, as_rows, distance, norms
 from testbed.ordinary import ordinary_norms, weighted_gradient
@@ -187,7 +186,7 @@ class Truth:
                 noise = torch.randn(t.shape, generator=generator, device=t.device, dtype=torch.float64)
                 return (t.detach().double() * (1 + size * noise)).to(t.dtype)
 
-            model = copy.deepcopy(problem.model)
+            model = full_copy(problem.model)
             for p in model.parameters():
                 p.data = moved(p)
             if self.quantity in INDEPENDENT:

@@ -1,10 +1,12 @@
 """The agreement rules on made-up results: what is right passes, what is wrong by little does not."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import weight_norm
 
 from backends import get_backend
 from testbed.agreement import AllClose, Calibrated, Rows, as_rows
@@ -12,6 +14,8 @@ from testbed.diagnosis import explain
 from testbed.form import wrong_form
 from testbed.problems import Problem, make_problem
 from testbed.referee import Referee
+from testbed.truth import Truth
+from tests.cases import DEVICE, cross_entropy, mlp, real
 
 N = 32
 
@@ -52,6 +56,31 @@ def spoil(row: int | slice, name: str, factor: float) -> Rows:
 
 def test_rounding_agrees() -> None:
     assert judge(rounded(truth()))
+
+
+def by_a_function_of_its_own() -> nn.Module:
+    model = mlp()
+    inner = model[0].forward
+    model[0].forward = lambda x: inner(x)
+    return model
+
+
+@pytest.mark.parametrize(
+    "model",
+    [mlp, by_a_function_of_its_own, lambda: nn.Sequential(weight_norm(nn.Linear(5, 2)))],
+    ids=["plain", "a function of its own", "weight norm"],
+)
+@pytest.mark.usefixtures("own_random_state")
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_perturbed_run_is_of_the_model(model: Callable[[], nn.Module]) -> None:
+    """Whatever a copy of it must see to; the caller's own is left as it was."""
+    made = model().to(DEVICE)
+    batch = real(N, 5).float(), torch.zeros(N, dtype=torch.long, device=DEVICE)
+    known = Truth(Problem(made, cross_entropy, *batch, *batch), "grads", {})
+    drawn, right = known.draws()(0, 1e-6, torch.arange(N)), as_rows(known.exact(), "grads")
+    for name, g in right.items():
+        assert 0 < (drawn[name] - g).norm() < 1e-4 * g.norm()
+    assert all(p.grad is None for p in made.parameters())
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backends import get_backend
-from backends.base import Unsupported, own_copy
+from backends.base import QUANTITIES, Unsupported, own_copy
 from backends.ops.look import itself
 from backends.ops.passes import Passes
 from backends.ops.ways import Ways
@@ -266,6 +266,16 @@ def test_dropout_hides_no_answers() -> None:
         (x, mask), y = batch(8, {1}, large)
         found = fn((x, mask), y)["b.weight"].flatten(1).any(1)
         assert found.tolist() == [i not in large for i in range(8)]
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_groups_are_put_together_in_half_precision(quantity: str) -> None:
+    model = model_of(left_out(LEFT_OUT["all"])).to(DEVICE).half()
+    (x, mask), y = batch(8, {1})
+    call = (x.half(), mask.half()), y.half()
+    ours, loop = (getattr(get_backend(b), quantity)(model, squares)(*call) for b in ("bookkeeping", "naive"))
+    for name, right in loop.items() if isinstance(loop, dict) else [("", loop)]:
+        assert ((ours[name] if name else ours) - right).norm() <= 1e-2 * right.norm()
 
 
 def test_a_graph_that_cannot_ask_is_refused() -> None:

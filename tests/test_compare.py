@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import testbed
-from backends import available, backend_class, load_plugin
+from backends import available, backend_class, get_backend, load_plugin
 from testbed import group, runner
 from testbed.processes.hosts import InProcess
 from testbed.records import Record
@@ -180,7 +180,7 @@ def test_loss_with_class_weights_is_asked_in_float64_too() -> None:
     [
         ({"model": lambda x: x}, "model should be a torch.nn.Module"),
         ({"model": nn.ReLU()}, "the model has no floating-point parameter"),
-        ({"model": nn.LazyLinear(2)}, "the model has"),
+        ({"model": nn.LazyLinear(2)}, "parameters without values (meta device or lazy module)"),
         ({"model": nn.Linear(5, 2, device="meta")}, "parameters without values (meta device"),
         ({"loss_fn": None}, "loss_fn should be a function"),
         ({"inputs": torch.zeros(0, 5), "targets": torch.zeros(0)}, "a batch holds at least one sample, found none"),
@@ -189,7 +189,13 @@ def test_loss_with_class_weights_is_asked_in_float64_too() -> None:
         ({"backends": "vmpa"}, "unknown backend 'vmpa' (did you mean 'vmap'?)"),
         ({"quantities": "norm"}, "unknown quantity 'norm' (did you mean 'norms'?)"),
         ({"baseline": "nope"}, "unknown baseline 'nope'"),
-        ({"rounds": 0}, "greater than or equal to 2"),
+        ({"backends": []}, "backends should name at least one, found none"),
+        ({"quantities": []}, "quantities should name at least one, found none"),
+        ({"backends": [get_backend("vmap")]}, "should be a name, or {name: {option: value}}, found "),
+        ({"fresh": torch.zeros(6, 5)}, "fresh should be a pair (inputs, targets), found Tensor"),
+        ({"fresh": (torch.zeros(3, 5), torch.zeros(6))}, "fresh should hold as many targets as inputs, found 3 and 6"),
+        ({"rounds": 0}, "'rounds': should be greater than or equal to 2, found 0"),
+        ({"max_s": "long"}, "'max_s': should be a number, found 'long'"),
     ],
 )
 def test_a_wrong_argument_is_said(arguments: dict[str, Any], sentence: str) -> None:

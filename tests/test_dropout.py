@@ -1,8 +1,13 @@
 """Dropout with given masks: the masks are dropout's, each sample keeps its own, and every backend agrees under them."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import testbed
 from backends import available, backend_class, get_backend
@@ -80,6 +85,55 @@ def test_backends_agree_under_the_same_masks(backend: str) -> None:
     if backend == "backpack":
         assert set(other) == set(loop)
     assert_close(other, loop)
+
+
+@pytest.mark.usefixtures("own_random_state")
+def test_a_checkpoint_asks_again_for_the_mask_it_had() -> None:
+    block = nn.Sequential(nn.Linear(5, 4), nn.Dropout(), nn.Tanh())
+    model = Functional(lambda s, x: checkpoint(s.block, x, use_reentrant=False), block=block).double()
+    p = with_masks(Problem(model, squares, normal(N, 5), normal(N), normal(3, 5), normal(3)))
+    assert size(p.inputs) == N
+    assert len(p.inputs) == 2
+    plain = replace(p, model=Functional(lambda s, x: s.block(x), block=block).double())
+    with torch.random.fork_rng(devices=[]):
+        plain = with_masks(replace(plain, inputs=normal(N, 5), fresh_inputs=normal(3, 5)))
+    found, expected = (get_backend("naive").grads(q.model, q.loss_fn)(q.inputs, q.targets) for q in (p, plain))
+    assert_close(found, expected)
+
+
+def sequence_first(s: Any, x: Tensor) -> Tensor:
+    return s.drop(s.a(x.transpose(0, 1))).mean(0)  # type: ignore[no-any-return]
+
+
+def twice_in_a_checkpoint(s: Any, x: Tensor) -> Tensor:
+    def block(x: Tensor) -> Tensor:
+        return s.drop(s.a(s.drop(x)))  # type: ignore[no-any-return]
+
+    return checkpoint(block, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+STAY_RANDOM: dict[str, tuple[Callable[[Any, Tensor], Tensor], Tensor]] = {
+    "the samples are on the second axis, which is as long as the first": (sequence_first, normal(N, N, 5)),
+    "a checkpoint asks again for several masks, the last one first": (twice_in_a_checkpoint, normal(N, 5)),
+    "the model does not run": (lambda s, x: s.drop(s.a(x[:, :2])), normal(N, 5)),
+}
+
+
+@pytest.mark.usefixtures("own_random_state")
+@pytest.mark.parametrize("name", STAY_RANDOM)
+def test_what_has_no_mask_for_each_sample_stays_random(name: str) -> None:
+    forward, inputs = STAY_RANDOM[name]
+    model = Functional(forward, a=nn.Linear(5, 5), drop=nn.Dropout()).double()
+    p = Problem(model, squares, inputs, normal(N), inputs[:3], normal(3))
+    assert with_masks(p) is p
+
+
+@pytest.mark.usefixtures("own_random_state")
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_weight_that_a_hook_computes_is_copied_too() -> None:
+    model = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(5, 4)), nn.Dropout()).double()
+    p = with_masks(Problem(model, squares, normal(N, 5), normal(N), normal(3, 5), normal(3)))
+    assert len(p.inputs) == 2
 
 
 def test_the_models_own_dropout_stays() -> None:

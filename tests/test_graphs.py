@@ -71,13 +71,14 @@ def test_a_recording_that_fails_says_why_and_leaves_the_stream_as_it_was(
     assert (lack_of_memory(refused.value) is not None) == isinstance(error, torch.OutOfMemoryError)
 
 
-def test_inputs_with_a_gradient_leave_no_history(monkeypatch: pytest.MonkeyPatch) -> None:
-    static = torch.zeros(1, 2)
-    graph = graphs._Graph(SimpleNamespace(replay=lambda: None), static, torch.zeros(1), {})  # type: ignore[arg-type]
+def test_inputs_and_targets_with_a_gradient_leave_no_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, targets = torch.zeros(1, 2), torch.zeros(1)
+    graph = graphs._Graph(SimpleNamespace(replay=lambda: None), inputs, targets, {})  # type: ignore[arg-type]
     monkeypatch.setattr(graphs, "_record", lambda *call: graph)
-    graphs.graphed(lambda *call: None)(torch.ones(1, 2, requires_grad=True), torch.zeros(1))
-    assert static.tolist() == [[1, 1]]
-    assert not static.requires_grad
+    graphs.graphed(lambda *call: None)(torch.ones(1, 2, requires_grad=True), torch.ones(1, requires_grad=True))
+    assert (inputs.tolist(), targets.tolist()) == ([[1, 1]], [1])
+    assert not inputs.requires_grad
+    assert not targets.requires_grad
 
 
 def test_a_gpus_random_state_is_not_read_while_recording(monkeypatch: pytest.MonkeyPatch) -> None:

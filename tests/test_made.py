@@ -20,6 +20,10 @@ from tests.habits import over_the_batch
 pytestmark = pytest.mark.usefixtures("own_random_state")
 
 
+def real_parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(real(*shape))
+
+
 def standardised(s: Any, x: Tensor) -> Tensor:
     w = s.c.weight
     mean, variance = w.mean((1, 2, 3), keepdim=True), w.var((1, 2, 3), keepdim=True, unbiased=False)
@@ -328,6 +332,20 @@ def test_a_small_clipped_sum_is_not_lost_in_half_precision() -> None:
     model, batch = model.to(DEVICE, torch.float32), (real(8, 900).to(DEVICE).float(), real(8).to(DEVICE).float())
     ours, loop = (get_backend(b).clipped_sum(model, squares, max_norm=1e-6)(*batch) for b in ("bookkeeping", "naive"))
     assert (ours["w"] - loop["w"]).norm() < 0.01 * loop["w"].norm()
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_half_precision_goes_back_to_parameters(quantity: str) -> None:
+    model = Functional(
+        lambda s, x: F.linear(x * (1 + s.w) + s.p[:3], s.a.weight),
+        w=real_parameter(5),
+        p=real_parameter(7, 5),
+        a=linear(),
+    )
+    model, batch = model.to(DEVICE).half(), (real(6, 3, 5).to(DEVICE).half(), real(6).to(DEVICE).half())
+    ours, loop = (getattr(get_backend(b), quantity)(model, squares)(*batch) for b in ("bookkeeping", "naive"))
+    for name, right in loop.items() if isinstance(loop, dict) else [("", loop)]:
+        assert ((ours[name] if name else ours) - right).norm() <= 1e-2 * right.norm()
 
 
 def test_a_sample_that_attends_to_nothing_is_right() -> None:

@@ -12,11 +12,13 @@ from backends.ops import persample
 from backends.ops.choice import CHOSEN
 from backends.ops.conv_ways import by_patches, by_places, grouped
 from backends.ops.correlation import Correlation
+from backends.ops.einsum import _Reshaped
 from backends.ops.float16 import without_float16
 from backends.ops.linear import Scattered
+from backends.ops.made import Through
 from backends.ops.outer import Outer
 from backends.ops.persample import Dense, PerSample, scaled
-from backends.ops.several import Together, added
+from backends.ops.several import Grouped, Together, added
 from tests.asserts import assert_close
 from tests.cases import DEVICE, N, real
 
@@ -51,6 +53,8 @@ def forms() -> dict[str, PerSample]:
         ),
         "sum of products": added([Outer(real(N, t, 4), real(N, t, 5)) for t in (2, 3)], N, real(4, 5)),
         "sum of nothing": added([], N, real(4, 5)),
+        "two groups": Grouped([Outer(real(2, 3, 4), real(2, 3, 5)), Dense(real(1, 4, 5))], [True, False, True]),
+        "a matrix in another shape": _Reshaped(Outer(real(N, 2, 4), real(N, 2, 15)), (4, 3, 5)),
     }
 
 
@@ -165,18 +169,29 @@ def test_every_form_is_the_same_without_float16(name: str) -> None:
     coarse = _in(form, torch.float16)
     wider = without_float16(coarse)
     assert (wider.like.dtype, wider.rows(slice(None)).dtype) == (torch.float32, torch.float32)
-    assert all(term.like.dtype == torch.float32 for term in getattr(wider, "terms", []))
+    inner = [part for value in vars(wider).values() for part in (value if isinstance(value, list) else [value])]
+    assert all(part.like.dtype == torch.float32 for part in inner if isinstance(part, PerSample))
     exact = form.rows(slice(None))
     assert (wider.rows(slice(None)).double() - exact).norm() <= 1e-2 * exact.norm()
 
 
 def _in(form: PerSample, dtype: torch.dtype) -> PerSample:
     def cast(value: Any) -> Any:
+        if isinstance(value, PerSample):
+            return _in(value, dtype)
         if isinstance(value, list):
-            return [_in(part, dtype) for part in value]
+            return [cast(part) for part in value]
         return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
     return replace(form, **{f.name: cast(getattr(form, f.name)) for f in fields(form)})  # type: ignore
+
+
+def test_what_is_added_to_gradients_by_a_view_stays_out_of_them() -> None:
+    w = real(4, 5).requires_grad_()
+    by_a_view = Through(Dense(real(N, 20)), w.view(20), w)
+    both = added([by_a_view, Dense(real(N, 4, 5))], N, w)
+    assert_close(both.rows(slice(None)), both.rows(slice(None)))
+    assert_close(by_a_view.rows(slice(None)), real(N, 20).view(N, 4, 5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

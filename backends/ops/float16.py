@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backends.ops.persample import PerSample
+from backends.ops.made import Through
+from backends.ops.persample import Dense, PerSample, fresh
 
 
 def without_float16(g: PerSample) -> PerSample:
@@ -15,9 +16,14 @@ def without_float16(g: PerSample) -> PerSample:
     if g.like.dtype != torch.float16:
         return g
 
+    if isinstance(g, Through):  # a graph leads from what is made to its parameter, in their own dtypes
+        return Dense(g.grads(fresh).float())
+
     def wider(value: Any) -> Any:  # noqa: ANN401  of an attribute
+        if isinstance(value, PerSample):
+            return without_float16(value)
         if isinstance(value, list):
-            return [without_float16(part) for part in value]
+            return [wider(part) for part in value]
         return value.float() if isinstance(value, Tensor) and value.dtype == torch.float16 else value
 
     held = {f.name: wider(getattr(g, f.name)) for f in fields(g)}  # type: ignore[arg-type]  # every form is a dataclass
