@@ -45,10 +45,8 @@ def graphed(fn: Callable[[Batch, Tensor], Any], *, kept: bool = True) -> Callabl
     graphs: dict[object, _Graph] = {}
 
     def run(inputs: Batch, targets: Tensor) -> Any:  # noqa: ANN401  as the function
-        inputs, targets = (
-            detached(inputs),
-            detached(targets),
-        )  # else each call would add to the history of what it is copied to
+        # else each call would add to the history of what it is copied to
+        inputs, targets = detached(inputs), detached(targets)
         form = (signature(inputs), size(inputs), signature(targets))
         if form not in graphs:
             with torch.cuda.device_of(targets), _is_ahead():  # what is recorded is the current device's

@@ -124,7 +124,7 @@ STAY_RANDOM: dict[str, tuple[Callable[[Any, Tensor], Tensor], Tensor]] = {
 def test_what_has_no_mask_for_each_sample_stays_random(name: str) -> None:
     forward, inputs = STAY_RANDOM[name]
     model = Functional(forward, a=nn.Linear(5, 5), drop=nn.Dropout()).double()
-    p = Problem(model, squares, inputs, normal(N), inputs[:3], normal(3))
+    p = Problem(model, squares, inputs, normal(N), inputs, normal(N))
     assert with_masks(p) is p
 
 

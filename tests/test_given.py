@@ -106,9 +106,13 @@ def test_a_hook_on_a_gradient_is_refused(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", EVERY)
-def test_a_lazy_layer_is_refused(backend: str) -> None:
+def test_what_has_no_values_is_refused(backend: str) -> None:
     with pytest.raises(Unsupported, match=r"`0.weight` has no shape yet"):
         get_backend(backend).grads(nn.Sequential(nn.LazyLinear(4)), cross_entropy)
+    with pytest.raises(Unsupported, match=r"`0.weight` is on the meta device"):
+        get_backend(backend).grads(nn.Sequential(nn.Linear(5, 4, device="meta")), cross_entropy)
+    with pytest.raises(TypeError, match=r"model should be a torch.nn.Module, found NoneType"):
+        get_backend(backend).grads(None, cross_entropy)  # type: ignore[arg-type]
 
 
 def test_a_model_that_changes_its_weights_is_refused_and_they_stay() -> None:
