@@ -5,7 +5,7 @@ norms, clipped sums, variances and inner products are contractions of pairs, and
 made (norms: Goodfellow 2015, https://arxiv.org/abs/1510.01799; clipped sums without a second backward pass: Bu et al.
 2022, https://arxiv.org/abs/2210.00038). How pairs are had is in `ops/taps.py`, how the passes are run in
 `ops/passes.py`, and how it is known to be right in `ops/look.py`; what is known of an op is its rule, in `ops/`.
-Parameters in ops without a rule are differentiated sample by sample in the same backward pass.
+An op without a rule runs under vmap by itself (`ops/vmapped.py`), in the same passes.
 
 Norms and clipped sums take at most 1.3 times the memory of an ordinary step, or 64 MiB: where a batch would take more,
 it is run in parts (`ops/parts.py`), unless it is compiled.

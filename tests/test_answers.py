@@ -240,9 +240,9 @@ def test_a_model_that_answers_in_ever_other_ways_is_not_looked_at_for_ever() -> 
     assert len(ways.known) <= 18
 
 
-def test_ops_without_a_rule_are_run_under_vmap_with_the_batchs_answers() -> None:
+def test_where_a_parameter_changes_a_tensor_samples_are_run_under_vmap_with_the_batchs_answers() -> None:
     def forward(s: Any, x: Tensor, mask: Tensor) -> Tensor:
-        h = x.atan2(s.w)
+        h = x.clone().atan2_(s.w)
         return s.b(h.mean(1) if mask.all() else mean(h, mask))  # type: ignore[no-any-return]
 
     model = Functional(forward, w=nn.Parameter(real(4)), b=linear(4, 3)).to(DEVICE, torch.float64)

@@ -38,6 +38,11 @@ OPS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[tuple[int, ..
     "mul, of itself": (lambda x, w: x * (w * w), (3, 5), ((5,),)),
     "mul, by a number": (lambda x, w: x * (2 * w), (3, 5), ((5,),)),
     "mul, of more axes": (lambda x, w: x[..., None, :] * w, (5,), ((3, 4, 5),)),
+    "prelu, one number": (F.prelu, (3, 5), ((1,),)),
+    "prelu, channels": (F.prelu, (3, 5, 2), ((3,),)),
+    "prelu, features": (F.prelu, (5,), ((5,),)),
+    "bilinear": (lambda x, w, b: F.bilinear(x[:, :2], x[:, 2:], w, b), (5,), ((4, 2, 3), (4,))),
+    "bilinear, of several vectors": (lambda x, w: F.bilinear(x, x.cos(), w), (3, 2, 5), ((4, 5, 5),)),
     "add": (lambda x, w: x.sin() + w, (3, 5), ((5,),)),
     "add, the parameter first": (lambda x, w: w + x.sin(), (3, 5), ((3, 5),)),
     "add, scaled": (lambda x, w: torch.add(x.sin(), w, alpha=2), (3, 5), ((5,),)),
@@ -76,11 +81,7 @@ WITHOUT_A_RULE = {
 
 
 UNDER_VMAP = {
-    "linear, a vector as weight",
-    "matmul by the other side",
-    "addmm, scaled",
-    "mul, of more axes",
-    "add, scaled",
+    "mul, of more axes",  # the first one where samples are
     "conv2d, several images a sample",  # that function takes one sample apart
     "mul, other samples behind",  # samples are on an axis that the parameter has too
 }

@@ -1,12 +1,13 @@
 """Rules for parameters that are multiplied by, added to, or repeated for, what samples have: scales, shifts, tokens."""
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from backends.ops.conv import summed
 from backends.ops.persample import Dense
 from backends.ops.rules import OVER_THE_BATCH, Pieces, rewrite, rule
 
@@ -45,21 +46,27 @@ def add(g: Tensor, input: Tensor, weight: Tensor) -> Pieces:
     return {"weight": _summed(g, weight)}
 
 
+@rule(F.prelu, covers=lambda a: a["input"].dim() > 1 or a["weight"].numel() == 1)
+def prelu(g: Tensor, input: Tensor, weight: Tensor) -> Pieces:
+    """For y = x, or w · x where that is below 0; w is one number, or one a channel."""
+    below = g * input.clamp(max=0)
+    return {"weight": summed(below, g.dim() - 3) if len(weight) > 1 else Dense(below.flatten(1).sum(1, keepdim=True))}
+
+
 @rewrite(torch.addcmul, Tensor.addcmul, passes=(OVER_THE_BATCH,))
 def addcmul(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
     """Return x + c · y · z by ops that have rules."""
     return torch.add(input, torch.mul(tensor1, tensor2) * value)
 
 
-def _repeated(repeat: Callable[..., Tensor], input: Tensor, *sizes: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-    """Repeat what may be made of parameters, for each sample, by an op that has a rule."""
-    if not input.requires_grad or (input.dim() > 0 and len(input) > 1):
-        return NotImplemented
-    found = repeat(input.detach(), *sizes, **kwargs)
-    if not _is_broadcast({"input": found, "weight": input}):
-        return NotImplemented
-    return torch.add(found.new_zeros(found.shape), input)
+REPEATS = {
+    *(Tensor.expand, Tensor.expand_as, Tensor.repeat, Tensor.tile, Tensor.broadcast_to),
+    *(torch.tile, torch.broadcast_to),
+}
+"""Ops that repeat a tensor, for each sample perhaps: the same as to add it to zeros, for which there is a rule."""
 
 
-for op in (Tensor.expand, Tensor.repeat):
-    rewrite(op, passes=(OVER_THE_BATCH,))(partial(_repeated, op))
+def is_repeated(t: Tensor, repeated: Tensor) -> bool:
+    """Return whether one of `REPEATS` has done what adding to zeros would do."""
+    there = repeated.shape[repeated.dim() - t.dim() :]
+    return repeated.shape != t.shape and all(a in (1, b) for a, b in zip(t.shape, there, strict=True))

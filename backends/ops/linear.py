@@ -12,7 +12,7 @@ from backends.derived import squares_of
 from backends.ops.choice import capturing, fastest
 from backends.ops.outer import Outer
 from backends.ops.persample import Dense, Empty, PerSample, fresh, scaled
-from backends.ops.rules import Pieces, rule
+from backends.ops.rules import Pieces, rewrite, rule
 
 FEW = 8
 """Times as many rows as a sample takes in a table that may be made for each sample, if that is faster."""
@@ -49,6 +49,13 @@ def linear(g: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None)
 def matmul(g: Tensor, input: Tensor, weight: Tensor) -> Pieces:
     """For y = x W."""
     return {"weight": Outer(vectors(input), vectors(g))}
+
+
+@rewrite(F.bilinear)
+def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x W z by an op that has a rule; vmap has none for torch's."""
+    y = (torch.einsum("...i,kij->...kj", input1, weight) * input2.unsqueeze(-2)).sum(-1)
+    return y if bias is None else y + bias
 
 
 @rule(

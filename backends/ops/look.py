@@ -180,14 +180,11 @@ class _Look(NamedTuple):
         for guess in GUESSES:
             if any_found and not guess.shared:  # which is for those that nothing else fits
                 return
-            before = len(self.passes.copied)
             found = self._over_the_batch(guess)
-            if found is None and len(self.passes.copied) > before:  # it has missed some that are copies now
-                found = self._over_the_batch(guess)
-            if found is not None:
+            if found is not None and found.layout is not None:
                 yield found
                 any_found = True
-                if found.layout is not None and all(place.rows == 1 for place in found.layout.places):
+                if found.layout.one_row():
                     return
 
     def _over_the_batch(self, guess: Guess) -> _Candidate | None:
@@ -197,7 +194,6 @@ class _Look(NamedTuple):
             with Questions() as questions:
                 (first, earlier, _), (second, layout, seen) = (self._seen(batch, guess) for batch in self.few)
             placed = earlier == layout and layout.answers == self.answers and not questions.ordered
-            placed = placed and self.passes.copies_are_apart(*copied(batch))
             others = (self._with_another(*other) for other in OTHERS)
             if placed and not any(self._is_touched(*other, seen, guess) for other in others):
                 by_size = scaled(batch, *self.whole)

@@ -123,7 +123,7 @@ class Through(PerSample):
         return self.later.held() or self.later.bytes()
 
     def rows(self, some: slice) -> Tensor:  # noqa: D102
-        g = self.later.rows(some).to(self.made.dtype)
+        g = self.later.rows(some).to(self.made.dtype, copy=isinstance(self.later, Dense))  # a view goes back as it is
         back = partial(torch.autograd.grad, self.made, self.parameter, retain_graph=True)
         try:
             (found,) = back(g, is_grads_batched=True)
@@ -131,8 +131,7 @@ class Through(PerSample):
             if lack_of_memory(error):
                 raise
             found = torch.stack([back(one)[0] for one in g])  # vmap cannot run some op
-        kept = found.untyped_storage().data_ptr() == g.untyped_storage().data_ptr()  # by a view, or `1 + w`
-        return found.clone() if kept else found
+        return found
 
 
 def settled(name: str, g: PerSample) -> PerSample:

@@ -4,8 +4,7 @@ The passes run over the batch where every use of a parameter is by an op that a 
 place; where a few samples, in order and backwards, show the gradients that each has when it is run alone; and where
 nothing asks for values that belong to a sample, by which others might go another way, but whether something holds for
 the inputs of all of them, or of any (`answers.py`). Control flow and layout may depend on the form of the inputs, so
-each form is looked at anew (`ways.py`). A parameter [1, ...] (a token for all, say) may be used by any op: where that
-op has no rule, the parameter is there as [N, ...].
+each form is looked at anew (`ways.py`). An op that has no rule runs under vmap by itself (`vmapped.py`).
 
 Elsewhere they run under `torch.func.vmap`, where what belongs to a sample is known by construction, whatever the model
 does with its axes. Every trainable parameter is there as N copies, one a sample, which take no memory (stride 0):
@@ -16,8 +15,7 @@ What vmap cannot run either (control flow that depends on the data, checkpoints,
 a time, as by a loop; pairs are kept all the same.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
@@ -68,8 +66,6 @@ class Passes:
         model: The backend's own copy.
         loss_fn: (outputs [N, ...], targets [N, ...]) -> losses [N].
         values: The parameters without gradient, by name.
-        shared: Those [1, ...], which any op may use.
-        copied: The names of those that an op without a rule has used.
     """
 
     model: nn.Module
@@ -78,8 +74,6 @@ class Passes:
     def __post_init__(self) -> None:
         self.parameters = trainable(self.model)
         self.values = {name: p.detach() for name, p in self.parameters.items()}
-        self.shared = {name: p for name, p in self.values.items() if p.dim() > 1 and len(p) == 1}
-        self.copied: set[str] = set()
         self._names = _by_identity(self.parameters)
 
     def asked(self, inputs: Batch, targets: Tensor) -> Asked:
@@ -106,7 +100,7 @@ class Passes:
 
         def run(inputs: Batch, targets: Tensor, each: Each) -> dict[str, Any]:
             asked = Asked([*tensors(inputs), targets], layout.answers)
-            recorder = self._batch_pass(inputs, targets, layout.copies, known=layout, each=each, asked=asked)
+            recorder = self._batch_pass(inputs, targets, known=layout, each=each, asked=asked)
             asked.end()
             if (recorder.at, recorder.copies) != (layout.names, layout.copies):
                 raise Uncovered
@@ -118,18 +112,19 @@ class Passes:
         """Return the sizes of what goes into the ops that have rules."""
         asked = Asked([*tensors(inputs), targets])
         with kept_buffers(self.model), kept_random_state(self.model):
-            recorder, *_ = self._forward(inputs, targets, self.copied, guess=guess, asked=asked)
+            recorder, *_ = self._forward(inputs, targets, guess=guess, asked=asked)
         return recorder.sizes
 
     def looked_at(self, inputs: Batch, targets: Tensor, guess: Guess) -> tuple[PerParameter, Layout, list[Tensor]]:
         """Return what a pass over the batch finds, the samples' places in it, and what was seen at taps [N, ...]."""
         seen, asked = list[Tensor](), Asked([*tensors(inputs), targets])
         with kept_buffers(self.model):
-            recorder = self._batch_pass(inputs, targets, self.copied, guess=guess, seen=seen, asked=asked)
+            recorder = self._batch_pass(inputs, targets, guess=guess, seen=seen, asked=asked)
         asked.end()
-        found, copies = recorder.all_wanted(size(inputs)), recorder.copies
-        uses = {name: count for name, count in recorder.uses.items() if name in self.values and name not in copies}
-        return found, Layout(recorder.places, uses, recorder.at, recorder.is_made, copies, asked.given), seen
+        found = recorder.all_wanted(size(inputs))
+        uses = {name: count for name, count in recorder.uses.items() if name in self.values}
+        known = recorder.places, uses, recorder.at, recorder.is_made, recorder.copies, asked.given, recorder.vmapped
+        return found, Layout(*known), seen
 
     def under_vmap(self, with_rules: bool, answers: tuple[bool, ...] = ()) -> Way:
         """Return the way under vmap, where all samples give these answers."""
@@ -158,55 +153,26 @@ class Passes:
             found.append({name: torch.zeros_like(p) if g is None else _dense(g) for (name, p), g in named})
         return found
 
-    def copies_are_apart(self, inputs: Batch, targets: Tensor) -> bool:
-        """Return whether the first sample's loss asks for no other's copy of a parameter that is there as [N, ...].
-
-        A penalty on it asks for all of them, and may be small beside the loss.
-        """
-        if not self.copied:
-            return True
-        with kept_buffers(self.model):
-            recorder, losses, _, copies = self._forward(inputs, targets, self.copied)
-        recorder.forward_is_over = True
-        if not losses.requires_grad:
-            return True
-        found = torch.autograd.grad(losses[0], list(copies.values()), allow_unused=True)
-        return not any(g is not None and g[1:].any() for g in found)
-
-    def _batch_pass(self, inputs: Batch, targets: Tensor, copied: Collection[str], **how: Any) -> Recorder:  # noqa: ANN401
-        """Return the recorder of both passes, see there; some parameters [1, ...] are there as [N, ...]."""
-        recorder, losses, token, copies = self._forward(inputs, targets, copied, **how)
-        by_copies, missed = self._backward(recorder, losses, token, copies)
+    def _batch_pass(self, inputs: Batch, targets: Tensor, **how: Any) -> Recorder:  # noqa: ANN401
+        """Return the recorder of both passes, see there."""
+        recorder, losses, token = self._forward(inputs, targets, **how)
+        _, missed = self._backward(recorder, losses, token, {})
         if missed:
-            self.copied |= missed.keys() & self.shared.keys()
             raise Uncovered
-        for name, g in by_copies.items():
-            recorder.copies.append(name)
-            recorder.show(g)
-            recorder.found[name].append(Dense(g[:, None]))
         return recorder
 
-    def _forward(
-        self,
-        inputs: Batch,
-        targets: Tensor,
-        copied: Collection[str] = (),
-        **how: Any,  # noqa: ANN401  see `Recorder`
-    ) -> tuple[Recorder, Tensor, Tensor, Named]:
-        """Run the forward pass over the batch; return its recorder, the losses, the token, and the copies."""
+    def _forward(self, inputs: Batch, targets: Tensor, **how: Any) -> tuple[Recorder, Tensor, Tensor]:  # noqa: ANN401
+        """Run the forward pass over the batch; return its recorder, the losses and the token."""
         n = size(inputs)
-        each = {name: self.shared[name] for name in self.shared if name in copied}
-        copies = {name: p.expand(n, *p.shape[1:]).requires_grad_() for name, p in each.items()}
         token = self._token(n)
         if n > 1 and "known" not in how:
             how["clean"] = Clean(self.model)
-        recorder = self._recorder(copies, token, samples=n, **how)
-        model = (lambda *a, **k: functional_call(self.model, copies, a, k)) if copies else self.model
-        with kept_attributes(self.model) if copies else nullcontext(), recorder:
-            losses = self.loss_fn(call(model, inputs), targets)
+        recorder = self._recorder({}, token, samples=n, **how)
+        with recorder:
+            losses = self.loss_fn(call(self.model, inputs), targets)
         if losses.shape != (n,):
             raise Uncovered
-        return recorder, losses, token, copies
+        return recorder, losses, token
 
     def _vmapped(
         self, with_rules: bool, answers: tuple[bool, ...], inputs: Batch, targets: Tensor, each: Each
@@ -286,8 +252,7 @@ class Passes:
 
 
 def _by_identity(given: Mapping[str, Tensor]) -> dict[int, str]:
-    """Return the names of tensors that rules cover; there is none for complex numbers."""
-    return {id(p): name for name, p in given.items() if not p.is_complex()}
+    return {id(p): name for name, p in given.items()}
 
 
 def _dense(g: Tensor) -> Tensor:

@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from backends.ops.vmapped import Plan
 
 
 class Place(NamedTuple):
@@ -56,8 +59,9 @@ class Layout(NamedTuple):
         uses: How often parameters are used.
         names: Which parameters are used at each tap.
         made: Of each tensor that may be made of parameters alone, whether it is.
-        copies: Those that are there as [N, ...] and have a gradient.
+        copies: Those at ops under vmap, of which each sample has one entry on an axis.
         answers: What the pass answered.
+        vmapped: How ops with parameters, other tensors and no rule are run, in their order.
     """
 
     places: Sequence[Place]
@@ -66,6 +70,11 @@ class Layout(NamedTuple):
     made: Sequence[bool]
     copies: Sequence[str]
     answers: tuple[bool, ...] = ()
+    vmapped: Sequence["Plan"] = ()
+
+    def one_row(self) -> bool:
+        """Return whether each sample has one entry on its axis, everywhere."""
+        return all(place.rows == 1 for place in self.places) and all(plan.one_row() for plan in self.vmapped)
 
 
 Sizes: TypeAlias = list[torch.Size]

@@ -19,12 +19,14 @@ from torch.overrides import TorchFunctionMode
 from backends import precision
 from backends.base import Named
 from backends.ops.answers import HEARD, Asked, Told
+from backends.ops.elementwise import REPEATS, is_repeated
 from backends.ops.made import Clean, Made, Through, made_of
 from backends.ops.persample import PerSample
 from backends.ops.places import ALONE, GUESSES, SHARED, WITHOUT, Elsewhere, Guess, Layout, Place, Sizes, likely
 from backends.ops.rules import OVER_THE_BATCH, ROLES, RULES, UNDER_VMAP, Bound, Op, Rule
 from backends.ops.several import added
 from backends.ops.taps import BatchTap, Site, Tap, Uncovered
+from backends.ops.vmapped import Call, Copies, Plan
 
 Each: TypeAlias = Callable[[str, PerSample], Any]
 """(a parameter's name, its per-sample gradients) -> what is wanted of them."""
@@ -47,7 +49,7 @@ class Recorder(TorchFunctionMode):
         wanted: What was wanted.
         places: The samples' place at each op so far that has a rule and a parameter.
         at: The parameters at each tap so far.
-        copies: Those that are there as [N, ...] and have a gradient.
+        copies: Parameters at ops under vmap, of which each sample has one entry on an axis.
         seen: Where it is wanted, what went into each tap [N, ...], and then what came back, the last one first.
         uses: How many uses of each parameter are through.
         asked: What the model asks for, and is answered.
@@ -55,6 +57,7 @@ class Recorder(TorchFunctionMode):
         is_made: Whether it is, each time that this is asked of a tensor that might be.
         sizes: Of the tensors that go into each op that has a rule, used or not, in a pass that is to be known.
         clean: In such a pass, what may be made of parameters alone.
+        vmapped: Of the ops with parameters, other tensors and no rule, how they run under vmap by themselves, if so.
     """
 
     names: dict[int, str]
@@ -77,6 +80,7 @@ class Recorder(TorchFunctionMode):
     is_made: list[bool] = field(default_factory=list)
     sizes: list[Sizes] = field(default_factory=list)
     clean: Clean | None = None
+    vmapped: list[Plan] = field(default_factory=list)
     forward_is_over: bool = False
 
     def __post_init__(self) -> None:
@@ -84,6 +88,8 @@ class Recorder(TorchFunctionMode):
         self.found = {name: [] for name in self.values}
         self._rewrites = UNDER_VMAP if self.samples is None else OVER_THE_BATCH
         self._rules = RULES if self.with_rules else {}
+        known = self.known.vmapped if self.known else ()
+        self._perhaps_vmapped = {plan.func for plan in known} if any(plan.out for plan in known) else set()
 
     def show(self, t: Tensor) -> None:
         """Keep what samples show at a tap, where that is wanted."""
@@ -122,12 +128,14 @@ class Recorder(TorchFunctionMode):
         return run() if self.clean is None else self.clean.made(func, args, kwargs, run)
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401  as `__torch_function__` is given them
-        if func in self._rewrites:
-            return self._rewritten(func, args, kwargs)
-        if func in HEARD and self.asked is not None:
-            return self.asked(func, args, kwargs)
+        if func in self._rewrites and (y := self._rewritten(func, args, kwargs)) is not NotImplemented:
+            return y
+        if func in REPEATS and self.samples and self._rules and (name := self._name(args[0])):
+            repeated = func(self.values[name], *args[1:], **kwargs)
+            if is_repeated(self.values[name], repeated):
+                return self._run(torch.add, (repeated.new_zeros(repeated.shape), args[0]), {})
         if func in self._rules and self.samples is not None and self.known is None:
-            self.sizes.append([t.shape for t in (*args, *kwargs.values()) if isinstance(t, Tensor)])
+            self.sizes.append(_sizes(args, kwargs))
         if func in self._rules and (bound := self._bound(self._rules[func], args, kwargs)):
             found = {role: self._name(bound.arguments[role]) for role in ROLES if role in bound.arguments}
             names = {role: name for role, name in found.items() if name is not None}
@@ -138,13 +146,72 @@ class Recorder(TorchFunctionMode):
                     y = self._tapped(func, bound, names, elsewhere)
                     if y is not None:
                         return y
+        if self._may_be_vmapped(func) and (y := self._vmapped(Call.of(func, args, kwargs))) is not None:
+            return y
+        if func in HEARD and self.asked is not None:
+            return self.asked(func, args, kwargs)
         return func(*args, **kwargs)
+
+    def _may_be_vmapped(self, func: Op) -> bool:
+        if self.known is not None:
+            return func in self._perhaps_vmapped
+        return bool(self._rules) and self.samples is not None and self.samples > 1
+
+    def _vmapped(self, call: Call) -> Tensor | None:
+        """Return what an op without a rule returns, by vmap; None where it is not of parameters and samples."""
+        n, tensors = self.samples or 0, call.tensors()
+        of = {k: found for k, t in tensors.items() if (found := self._of(t))}
+        if not of or len(of) == len(tensors):
+            return None
+        plan = self._planned(call, n, tuple(of))
+        if plan is None or plan.out is None:
+            return None
+        copies = dict[int, Tensor]()
+        for k in of:
+            name = self.names.get(id(tensors[k])) or self._register(tensors[k], of[k])
+            copies[k] = Copies.apply(self.token, self.values[name], self, name)
+        for t in call.shown(plan, n) if self.seen is not None else ():
+            self.show(t)
+        names = tuple(chain.from_iterable(of.values()))
+        if plan.one_row():
+            self.copies += names
+        else:
+            self.at.append(names)
+        return call.run(plan, copies, n)
+
+    def _planned(self, call: Call, n: int, parameters: tuple[int, ...]) -> Plan | None:
+        """Return how the op is run: what is known, or what is found; None where samples' places are not known yet."""
+        if self.known is not None:
+            plan = next(iter(self.known.vmapped[len(self.vmapped) :][:1]), None)
+            if plan is None or (plan.func, plan.parameters) != (call.func, parameters):
+                raise Uncovered
+        else:
+            tensors = call.tensors()
+            if call.func not in self._rules:
+                self.sizes.append([t.shape for t in tensors.values()])
+            plan = call.planned(
+                {k: self._values_of(tensors[k]) for k in parameters}, n, self.guess, len(self.sizes) - 1
+            )
+        if plan is not None:
+            self.vmapped.append(plan)
+        return plan
+
+    def _values_of(self, t: Tensor) -> Tensor:
+        return self.values.get(self.names.get(id(t), ""), t).detach()
+
+    def _of(self, t: Any) -> dict[str, Tensor]:  # noqa: ANN401
+        """Return the parameters that a tensor is, or is made of, by name."""
+        name = self.names.get(id(t))
+        if name is not None:
+            return dict(self.made[name].of) if name in self.made else {name: t}
+        known = isinstance(t, Tensor) and t.grad_fn is not None and (self.clean is None or t in self.clean)
+        return made_of(t, self.names, self.values) if known else {}
 
     def _name(self, t: Any) -> str | None:  # noqa: ANN401
         """Return the name of a parameter, or of what is made of parameters alone."""
         name = self.names.get(id(t))
         if name is not None or not self.samples or self.samples == 1 or not isinstance(t, Tensor) or t.grad_fn is None:
-            return name
+            return None if name and t.is_complex() else name
         of: dict[str, Tensor] = {}
         clean = self.clean is None or t in self.clean
         if clean and (self.known is None or any(self.known.made[len(self.is_made) :][:1])):
@@ -152,12 +219,16 @@ class Recorder(TorchFunctionMode):
         self.is_made.append(bool(of))
         if not of:
             return None
+        return self._register(t, of)
+
+    def _register(self, t: Tensor, of: dict[str, Tensor]) -> str:
+        """Return the name of what is made of parameters, from now on."""
         if not self.made:
             self.names, self.values = dict(self.names), dict(self.values)  # they are shared by all passes
         name = f"made {len(self.made)}"  # no parameter has a name with a space
         self.made[name] = Made(t, of)
         self.names[id(t)], self.values[name], self.found[name] = name, t.detach(), []
-        self.show(t.expand(self.samples, 1, *t.shape))  # a look finds out whether another sample changes it
+        self.show(t.expand(self.samples or 1, 1, *t.shape))  # a look finds out whether another sample changes it
         return name
 
     def _bound(self, rule: Rule, args: Any, kwargs: Any) -> Bound | None:  # noqa: ANN401
@@ -171,8 +242,7 @@ class Recorder(TorchFunctionMode):
     def _rewritten(self, func: Op, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
         rewrite = self._rewrites[func]
         with self if rewrite.watched else nullcontext():
-            result = rewrite.function(*args, **kwargs)
-        return func(*args, **kwargs) if result is NotImplemented else result
+            return rewrite.function(*args, **kwargs)
 
     def _elsewhere(self, x: Tensor, args: Sequence[Any]) -> Elsewhere:
         """Return another number of samples, and the size of an op's input for it, if that is known."""
@@ -218,3 +288,7 @@ class Recorder(TorchFunctionMode):
                 self.places.append(place)
                 return place
         raise Uncovered
+
+
+def _sizes(args: Any, kwargs: Any) -> Sizes:  # noqa: ANN401  as `__torch_function__` is given them
+    return [t.shape for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
