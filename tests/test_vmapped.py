@@ -142,6 +142,30 @@ def test_what_is_not_each_samples_own_is_run_otherwise(name: str) -> None:
     assert_all_right(model, "grads", [batch(), batch(7)])
 
 
+def time_first(s: Any, x: Tensor) -> Tensor:
+    """A branch that is zero at first, its samples one after the other for each time; what divides it is used before."""
+    h = x.transpose(0, 1)
+    z = (s.zero(h).reshape(-1, D) / s.w.exp()).view(h.shape)
+    return (h / s.w.exp() + z).transpose(0, 1)  # type: ignore[no-any-return]
+
+
+def backwards(s: Any, x: Tensor) -> Tensor:
+    return x / s.w.exp() + (s.zero(x).flip(0) / s.w.exp()).flip(0)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("forward", [time_first, backwards])
+def test_a_branch_that_is_zero_at_first_is_right_when_it_is_not(forward: Forward) -> None:
+    """Its own gradients are zero then, too, and tell no samples apart; those of what comes out do."""
+    model = model_of(forward, (D,))
+    model.zero = nn.Linear(D, D, bias=False).to(DEVICE, torch.float64)
+    nn.init.zeros_(model.zero.weight)
+    ours, loop = (get_backend(b).grads(model, squares) for b in ("bookkeeping", "naive"))
+    for _ in range(2):
+        assert_close(ours(*batch()), loop(*batch()))
+        with torch.no_grad():
+            model.zero.weight += real(D, D).to(DEVICE)
+
+
 def test_other_ops_may_come_and_go() -> None:
     """As those that fill a cache, in a first call."""
 

@@ -26,7 +26,7 @@ from backends.ops.places import ALONE, GUESSES, SHARED, WITHOUT, Elsewhere, Gues
 from backends.ops.rules import OVER_THE_BATCH, ROLES, RULES, UNDER_VMAP, Bound, Op, Rule
 from backends.ops.several import added
 from backends.ops.taps import BatchTap, Site, Tap, Uncovered
-from backends.ops.vmapped import Call, Copies, Plan
+from backends.ops.vmapped import Call, Copies, Plan, samples_first
 
 Each: TypeAlias = Callable[[str, PerSample], Any]
 """(a parameter's name, its per-sample gradients) -> what is wanted of them."""
@@ -170,14 +170,21 @@ class Recorder(TorchFunctionMode):
         for k in of:
             name = self.names.get(id(tensors[k])) or self._register(tensors[k], of[k])
             copies[k] = Copies.apply(self.token, self.values[name], self, name)
-        for t in call.shown(plan, n) if self.seen is not None else ():
-            self.show(t)
         names = tuple(chain.from_iterable(of.values()))
         if plan.one_row():
             self.copies += names
         else:
             self.at.append(names)
-        return call.run(plan, copies, n)
+        y = call.run(plan, copies, n)
+        if self.seen is not None:
+            for k, place in plan.places:
+                self.show(samples_first(tensors[k], n, place))
+            # where what goes in is 0, as of a branch that starts from there, only this shows whose it is
+            y.register_hook(partial(self._show_first, n=n, place=plan.out))
+        return y
+
+    def _show_first(self, g: Tensor, n: int, place: Place) -> None:
+        self.show(samples_first(g, n, place))
 
     def _planned(self, call: Call, n: int, parameters: tuple[int, ...]) -> Plan | None:
         """Return how the op is run: what is known, or what is found; None where samples' places are not known yet."""

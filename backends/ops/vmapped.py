@@ -134,11 +134,6 @@ class Call(NamedTuple):
         found: Tensor = self.under_vmap(copies, places, n, axis + apart)
         return found.flatten(axis, axis + 1)
 
-    def shown(self, plan: Plan, n: int) -> list[Tensor]:
-        """Return what goes in of each sample [N, ...]."""
-        split = (_split(self.leaves[k], n, place) for k, place in plan.places)
-        return [t.movedim(axis, 0) for t, axis in split]
-
 
 class Copies(torch.autograd.Function):
     """A parameter for each sample [N, *shape]; backwards, the recorder takes their gradients."""
@@ -155,6 +150,12 @@ class Copies(torch.autograd.Function):
         ctx.recorder.show(g[:, None])
         ctx.recorder.take(ctx.name, Dense(g))
         return None, None, None, None
+
+
+def samples_first(t: Tensor, n: int, place: Place) -> Tensor:
+    """Return a tensor with the N samples on the first axis [N, ...]."""
+    split, axis = _split(t, n, place)
+    return split.movedim(axis, 0)
 
 
 def _holds(t: Any, n: int, place: Place) -> bool:  # noqa: ANN401
