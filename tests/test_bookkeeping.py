@@ -98,6 +98,18 @@ def test_every_op_agrees_with_the_loop_and_has_its_rule(name: str) -> None:
     assert over_the_batch(model, real(N, *inputs), real(N)) == (name not in UNDER_VMAP)
 
 
+def test_an_infinite_gradient_has_no_part_in_prelus_where_it_is_not_used() -> None:
+    model = nn.PReLU(2).to(DEVICE, torch.float64)
+    x = torch.tensor([[1.0, -2.0], [-1.0, 2.0], [3.0, 4.0]], dtype=torch.float64, device=DEVICE)
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs * torch.tensor([torch.inf, 1.0], dtype=torch.float64, device=DEVICE)).sum(1) * targets
+
+    ours, loop = (get_backend(b).grads(model, loss)(x, real(N).abs()) for b in ("bookkeeping", "naive"))
+    torch.testing.assert_close(ours, loop, equal_nan=True)
+    assert ours["weight"][0].isfinite().all()
+
+
 def test_reused_buffers_are_the_same_memory_only_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(linear(5, 5), nn.Tanh(), linear(5, 5)).to(DEVICE, torch.float64)
     for reuse in (True, False):
