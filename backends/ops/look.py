@@ -96,6 +96,7 @@ def looked(passes: "Passes", inputs: Batch, targets: Tensor, answers: tuple[bool
     answered = any(c.way.name != plain.name for c in others)  # by vmap
     over = [c for c in right if c.layout is not None and (answered or not c.asks)]
     sure = sure and all(_tells_apart(c.layout, prints, size(inputs)) for c in over if c.layout)
+    sure = sure and all(c.layout == over[0].layout for c in over)  # else nothing shows whose some rows are
     found = [*(over[:1] if sure else []), *others]
     return Looked([*(c.way for c in found), plain], sure, look.footprint(found))
 
