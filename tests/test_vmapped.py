@@ -166,6 +166,27 @@ def test_a_branch_that_is_zero_at_first_is_right_when_it_is_not(forward: Forward
             model.zero.weight += real(D, D).to(DEVICE)
 
 
+@pytest.mark.parametrize("by_a_rule", [True, False])
+def test_what_no_sample_shows_is_not_guessed(by_a_rule: bool) -> None:
+    """A rare token: where none of the samples that are looked at has it, both orders of rows seem right."""
+
+    def forward(s: Any, tokens: Tensor) -> Tensor:
+        h = F.embedding(tokens, s.w).sin()
+        rare = (tokens == 9)[..., None].to(h)
+        z = (h * rare).transpose(0, 1).reshape(-1, D)
+        z = z @ s.w[:D] if by_a_rule else z / s.w[0].exp()
+        return (h + z.view(T, -1, D).transpose(0, 1) * rare).sin()  # type: ignore[no-any-return]
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs.flatten(1).sum(1) - targets).square()
+
+    tokens, targets = torch.randint(9, (30, T), generator=torch.Generator().manual_seed(0)), real(30)
+    tokens[7, [1, 3]] = 9
+    model = Functional(forward, w=nn.Parameter(real(10, D))).to(DEVICE, torch.float64)
+    ours, loop = (get_backend(b).grads(model, loss) for b in ("bookkeeping", "naive"))
+    assert_close(ours(tokens.to(DEVICE), targets), loop(tokens.to(DEVICE), targets))
+
+
 def test_other_ops_may_come_and_go() -> None:
     """As those that fill a cache, in a first call."""
 
