@@ -46,6 +46,7 @@ OPS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[tuple[int, ..
     "add": (lambda x, w: x.sin() + w, (3, 5), ((5,),)),
     "add, the parameter first": (lambda x, w: w + x.sin(), (3, 5), ((3, 5),)),
     "add, scaled": (lambda x, w: torch.add(x.sin(), w, alpha=2), (3, 5), ((5,),)),
+    "rows by index": (lambda x, w: w[(4 * x).long() % 7 - 3], (3,), ((7, 5),)),
     "addmm": (lambda x, w, b: torch.addmm(b, x[:, 0], w), (1, 5), ((5, 4), (4,))),
     "addmm, scaled": (lambda x, w, b: torch.addmm(b, x[:, 0], w, alpha=2), (1, 5), ((5, 4), (4,))),
     "conv2d, several images a sample": (lambda x, w, b: F.conv2d(x[0], w, b), (3, 2, 5, 5), ((4, 2, 3, 3), (4,))),

@@ -52,6 +52,7 @@ OPS: dict[str, tuple[Forward, tuple[int, ...]]] = {
     ),
     "tokens as another": (lambda s, x: torch.cat([s.w.expand_as(x), x], 1), (T, D)),
     "tokens, tiled": (lambda s, x: torch.cat([s.w.tile(len(x), 1, 1), x], 1), (2, D)),
+    "a token, repeated": (lambda s, x: torch.cat([s.w.repeat_interleave(len(x), 0), x], 1), (1, 1, D)),
     "tokens, broadcast": (lambda s, x: torch.cat([torch.broadcast_to(s.w, (len(x), 2, D)), x], 1), (2, D)),
     "a vector": (lambda s, x: x * (x @ s.w).softmax(1)[..., None], (D,)),
     "a matrix by the other side": (lambda s, x: s.w.softmax(-1) @ x, (T, T)),
@@ -100,7 +101,7 @@ def test_an_op_without_a_rule_is_right_and_the_rest_is_over_the_batch(name: str)
 
 
 @pytest.mark.parametrize("quantity", QUANTITIES)
-@pytest.mark.parametrize("name", ["less", "a vector", "an entry by data", "complex, made", "samples apart"])
+@pytest.mark.parametrize("name", ["less", "a vector", "an entry a sample", "complex, made", "samples apart"])
 def test_every_quantity_is_right(name: str, quantity: str) -> None:
     assert_all_right(model_of(*OPS[name]), quantity, [batch(), batch(7)])
 

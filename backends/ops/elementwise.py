@@ -61,13 +61,15 @@ def addcmul(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1
 
 
 REPEATS = {
-    *(Tensor.expand, Tensor.expand_as, Tensor.repeat, Tensor.tile, Tensor.broadcast_to),
-    *(torch.tile, torch.broadcast_to),
+    *(Tensor.expand, Tensor.expand_as, Tensor.repeat, Tensor.tile, Tensor.broadcast_to, Tensor.repeat_interleave),
+    *(torch.tile, torch.broadcast_to, torch.repeat_interleave),
 }
 """Ops that repeat a tensor, for each sample perhaps: the same as to add it to zeros, for which there is a rule."""
 
 
 def is_repeated(t: Tensor, repeated: Tensor) -> bool:
     """Return whether one of `REPEATS` has done what adding to zeros would do."""
+    if repeated.shape == t.shape or repeated.dim() < t.dim():
+        return False
     there = repeated.shape[repeated.dim() - t.dim() :]
-    return repeated.shape != t.shape and all(a in (1, b) for a, b in zip(t.shape, there, strict=True))
+    return all(a in (1, b) for a, b in zip(t.shape, there, strict=True))

@@ -162,3 +162,14 @@ def embedding(
     if padding_idx is not None:
         g = g.masked_fill((index == padding_idx % len(weight))[:, :, None], 0)  # NaN too
     return {"weight": Scattered(index, g, len(weight))}
+
+
+@rule(Tensor.__getitem__, covers=lambda a: _is_matrix(a) and _are_rows(a["input"]))
+def rows(g: Tensor, weight: Tensor, input: Tensor) -> Pieces:
+    """For y_t = W[x_t]; the last row is −1, too."""
+    index = input.reshape(len(input), -1)
+    return {"weight": Scattered(index.remainder(len(weight)).long(), vectors(g), len(weight))}
+
+
+def _are_rows(index: Any) -> bool:  # noqa: ANN401  whatever a tensor may be indexed by
+    return isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32)
