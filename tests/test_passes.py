@@ -61,20 +61,6 @@ def test_attention_has_rules() -> None:
     assert not differentiated_directly(habit(HABITS["attention"]), real(N, 5), real(N))
 
 
-@pytest.mark.parametrize("layer", [nn.RNN, nn.LSTM, nn.GRU])
-def test_recurrent_layers_have_rules(layer: type[nn.Module]) -> None:
-    model = Functional(lambda s, x: s.r(x)[0], r=layer(5, 4, 2, bidirectional=True)).to(DEVICE, torch.float64)
-    assert not differentiated_directly(model, real(N, 3, 5), real(N))
-
-
-def test_recurrent_layers_are_not_asked_to_put_copies_of_weights_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Functional(lambda s, x: s.r(x)[0], r=nn.LSTM(5, 4)).to(DEVICE, torch.float64)
-    monkeypatch.setattr(nn.RNNBase, "flatten_parameters", lambda self: self.weight_ih_l0.data_ptr())  # as on CUDA
-    passes = Passes(model, squares)
-    passes.under_vmap(True).run(real(N, 3, 5), real(N), lambda name, g: g)
-    assert "flatten_parameters" not in vars(model.r)
-
-
 LAYOUTS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], bool]] = {
     "samples first": (lambda s, x: s.a(x).sin(), True),
     "samples second": (lambda s, x: s.a(x.transpose(0, 1)).sin().transpose(0, 1), True),

@@ -2,35 +2,22 @@
 
 The formulas are those of the documentation of `torch.nn.RNN`, `LSTM` and `GRU`. Inputs of all positions go through one
 product. Under vmap, so does the hidden state at each position. Over the batch, torch's own kernel finds the hidden
-states first; then all of them go through one product, too.
+states; then all of them go through one product, too, and backwards `Scan` finds the gradients of both products.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import _VF, Tensor, nn
 
 from backends.ops.rules import OVER_THE_BATCH, UNDER_VMAP, rewrite
-from backends.ops.scan import Gates, Scan, State
+from backends.ops.scan import Kind, Scan, State, torchs
 
 Run: TypeAlias = Callable[[Tensor, State, Sequence[Tensor], bool], tuple[Tensor, State]]
 """(inputs [T, ...], first state, weights, whether there are biases) -> the outputs [T, ...], the last state."""
-
-
-class Kind(NamedTuple):
-    """A kind of recurrent layer.
-
-    Attributes:
-        given: (what comes of the input, what comes of h) -> what goes into the gates; both, or their sum.
-        gates: (what goes into the gates, state) -> the next state.
-    """
-
-    given: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
-    gates: Gates
 
 
 def _sum(x: Tensor, h: Tensor) -> tuple[Tensor, ...]:
@@ -39,6 +26,16 @@ def _sum(x: Tensor, h: Tensor) -> tuple[Tensor, ...]:
 
 def _both(x: Tensor, h: Tensor) -> tuple[Tensor, ...]:
     return x, h
+
+
+def _same(g: Tensor, x: Tensor, h: Tensor) -> Tensor:
+    return g
+
+
+def _gru_hidden(g: Tensor, x: Tensor, h: Tensor) -> Tensor:
+    *others, new = g.chunk(3, -1)
+    reset = (x + h).chunk(3, -1)[0].sigmoid()
+    return torch.cat([*others, new * reset], -1)
 
 
 def _tanh(given: tuple[Tensor, ...], state: State) -> State:
@@ -63,10 +60,10 @@ def _gru(given: tuple[Tensor, ...], state: State) -> State:
 
 
 KINDS = {
-    "rnn_tanh": Kind(_sum, _tanh),
-    "rnn_relu": Kind(_sum, _relu),
-    "lstm": Kind(_sum, _lstm),
-    "gru": Kind(_both, _gru),
+    "rnn_tanh": Kind(_VF.rnn_tanh, _sum, _tanh, _same),
+    "rnn_relu": Kind(_VF.rnn_relu, _sum, _relu, _same),
+    "lstm": Kind(_VF.lstm, _sum, _lstm, _same),
+    "gru": Kind(_VF.gru, _both, _gru, _gru_hidden),
 }
 
 
@@ -123,33 +120,19 @@ def _step_by_step(
     return torch.stack(outputs), state
 
 
-def _at_once(
-    layer: Callable[..., Any], kind: Kind, x: Tensor, state: State, weights: Sequence[Tensor], has_biases: bool
-) -> tuple[Tensor, State]:
+def _at_once(kind: Kind, x: Tensor, state: State, weights: Sequence[Tensor], has_biases: bool) -> tuple[Tensor, State]:
     """Run a layer in one direction by torch's kernel and a `Scan`."""
     if len(weights) > 2 + 2 * has_biases:
         return _step_by_step(kind, x, state, weights, has_biases)  # a projection
     w_input, w_hidden, *biases = weights
     b_input, b_hidden = biases or (None, None)
-    with torch.no_grad(), torch._C.DisableTorchFunction(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # cuDNN wants the weights of all layers in one piece of memory
-        first = tuple(s[None] for s in state)
-        h, *_ = layer(x, first if len(first) > 1 else first[0], weights, has_biases, 1, 0.0, False, False, False)
-        h = torch.cat([first[0].to(h.dtype), h[:-1]])
-    given = kind.given(F.linear(x, w_input, b_input), F.linear(h, w_hidden, b_hidden))
     with torch.no_grad():
-        before = torch.stack([h, _memories(given[0], state[1])] if len(state) > 1 else [h], 1)
-    states = Scan.apply(kind.gates, w_hidden.detach(), before, torch.stack(state), *given)
-    return states[:, 0], states[-1].unbind(0)
-
-
-def _memories(gates: Tensor, c: Tensor) -> Tensor:
-    """Return c of an LSTM before each position, from the first one [N, H] and the gates' inputs [T, N, 4·H]."""
-    enter, forget, new, _ = gates.chunk(4, -1)
-    found = [c]
-    for kept, gained in zip(forget[:-1].sigmoid(), enter[:-1].sigmoid() * new[:-1].tanh(), strict=True):
-        found.append(torch.addcmul(gained, kept, found[-1]))
-    return torch.stack(found)
+        found = torchs(kind, x, state, weights)
+        h = torch.cat([state[0][None].to(found[0].dtype), found[0][:-1]])
+    of_x, of_h = F.linear(x, w_input, b_input), F.linear(h, w_hidden, b_hidden)
+    own = [t.detach() for t in (w_hidden, b_hidden) if t is not None]
+    y, *last = Scan.apply(kind, found, len(state), h, of_x, of_h, *state, *own)
+    return y, (y[-1], *last)
 
 
 def _cell(kind: Kind) -> Callable[..., Any]:
@@ -182,7 +165,6 @@ def leave_unflattened(model: nn.Module) -> None:
 
 
 for _name, _kind in KINDS.items():
-    _layer = getattr(_VF, _name)
-    rewrite(_layer, passes=[UNDER_VMAP])(_recurrent(partial(_step_by_step, _kind)))
-    rewrite(_layer, passes=[OVER_THE_BATCH])(_recurrent(partial(_at_once, _layer, _kind)))
+    rewrite(_kind.layer, passes=[UNDER_VMAP])(_recurrent(partial(_step_by_step, _kind)))
+    rewrite(_kind.layer, passes=[OVER_THE_BATCH])(_recurrent(partial(_at_once, _kind)))
     rewrite(getattr(_VF, f"{_name}_cell"))(_cell(_kind))
