@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from backends.base import LossFn, Unsupported, full_copy, guarded
 from backends.batch import Batch, apply, call, size, take, tensors
-from backends.running import kept_random_state
+from backends.running import kept_random_state, modules
 
 Fn = Callable[[Batch, Tensor], Any]
+
+BUILT = "when this function was built"
 
 
 def checked(fn: Fn, model: nn.Module, loss_fn: LossFn) -> Fn:
@@ -28,15 +30,10 @@ def checked(fn: Fn, model: nn.Module, loss_fn: LossFn) -> Fn:
 
     Raises:
         ValueError: By the returned function: inputs are no batch, or there are not as many targets.
-        Unsupported: By it too: a tensor is sparse; a parameter has other memory than it had; the model or the loss
-            uses the caller's parameters, or changes them.
+        Unsupported: By it too: a tensor is sparse; the model has changed otherwise than by a step of its parameters; it
+            or the loss uses the caller's parameters, or changes them.
     """
-    held = [
-        (f"{path}{'.' * bool(path)}{name}", module._parameters, name, p, p.data_ptr())
-        for path, module in model.named_modules()
-        for name, p in module._parameters.items()
-        if p is not None
-    ]
+    held = _Held(model)
     first = True
 
     def run(inputs: Batch, targets: Tensor) -> Any:  # noqa: ANN401  as the function
@@ -48,12 +45,8 @@ def checked(fn: Fn, model: nn.Module, loss_fn: LossFn) -> Fn:
         for t in (*tensors(inputs), targets):
             if t.layout != torch.strided:
                 raise Unsupported(f"a batch holds dense tensors, found one of layout {t.layout}")
-        for path, now, name, p, memory in held:
-            if now.get(name) is not p or p.data_ptr() != memory:
-                raise Unsupported(
-                    f"`{path}` has other memory than when this function was built (by `.data = ...`, `.to(...)`, say), "
-                    "or is another parameter, so its values would be old ones; build it anew"
-                )
+        if change := held.change():
+            raise Unsupported(f"{change}; build it anew")
         with torch.inference_mode(mode=False) if torch.is_inference_mode_enabled() else nullcontext():
             inputs, targets = apply(_ordinary, inputs), _ordinary(targets)
             if first:
@@ -62,6 +55,65 @@ def checked(fn: Fn, model: nn.Module, loss_fn: LossFn) -> Fn:
             return fn(inputs, targets)
 
     return run
+
+
+class _Held:
+    """What a backend's copy of a model has as it was, of which a change to the model shows nothing in the copy.
+
+    Of attributes, that is those which are floating-point numbers (a temperature, the share that is dropped): others are
+    too often caches, or parts of the model that come and go.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules = [*model.named_modules()]
+        self.numbers = [
+            (_named(path, name), vars(m), name, value)
+            for path, m in self.modules
+            for name, value in vars(m).items()
+            if isinstance(value, float) or name == "training"
+        ]
+        self.parameters = [
+            (_named(path, name), m._parameters, name, p, p.data_ptr(), p.requires_grad)
+            for path, m in self.modules
+            for name, p in m._parameters.items()
+            if p is not None
+        ]
+        self.buffers = [
+            [_named(path, name), m._buffers, name, b, b._version, b.clone()]
+            for path, m in self.modules
+            for name, b in m._buffers.items()
+            if b is not None
+        ]
+
+    def change(self) -> str:
+        """Return what is not as it was when the function was built; nothing where all is."""
+        for path, now, name, value in self.numbers:
+            if now.get(name) != value:
+                return f"`{path}` is {now.get(name)}, and was {value} {BUILT}"
+        for path, now, name, p, memory, requires_grad in self.parameters:
+            if now.get(name) is not p or p.data_ptr() != memory:
+                return (
+                    f"`{path}` has other memory than {BUILT} (by `.data = ...`, `.to(...)`, say), "
+                    "or is another parameter, so its values would be old ones"
+                )
+            if p.requires_grad != requires_grad:
+                return f"`{path}` has requires_grad={p.requires_grad}, and had {requires_grad} {BUILT}"
+        for buffer in self.buffers:
+            path, now, name, b, version, value = buffer
+            if (found := now.get(name)) is not b or b._version != version:
+                if found is None or found.shape != value.shape:
+                    continue  # a cache, which comes, goes and grows
+                if not _equal(found, value):
+                    return f"the buffer `{path}` has other values than {BUILT}"
+                buffer[3:5] = found, found._version
+        if {id(m) for m in modules(self.model)} != {id(m) for _, m in self.modules}:
+            return f"the model has other modules than {BUILT}"
+        return ""
+
+
+def _named(path: str, name: str) -> str:
+    return f"{path}{'.' * bool(path)}{name}"
 
 
 def _ordinary(t: Tensor) -> Tensor:

@@ -16,14 +16,21 @@ from backends.shortage import lack_of_memory
 
 @contextmanager
 def kept_buffers(model: nn.Module) -> Iterator[None]:
-    """Give the model's buffers back their values at the end, so that each call starts from the same state."""
-    found = [(m._buffers, name, b.clone()) for m in _modules(model) for name, b in m._buffers.items() if b is not None]
+    """Give the model its buffers back at the end, with their values, so that each call starts from the same state.
+
+    What a forward pass has put in the place of one may be a part of something else: nothing is written to it.
+    """
+    found = [
+        (m._buffers, name, b, b.clone()) for m in modules(model) for name, b in m._buffers.items() if b is not None
+    ]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffers, name, before in found:
-                if (b := buffers.get(name)) is not None:  # a cache may come or go meanwhile
+            for buffers, name, b, before in found:
+                now = buffers.get(name)
+                if now is not None and now.shape == b.shape:  # a cache may come, go or grow meanwhile
+                    buffers[name] = b
                     b.data.copy_(before)  # what autograd has kept of one that was not changed stays good
 
 
@@ -33,7 +40,7 @@ def kept_attributes(model: nn.Module) -> Iterator[None]:
 
     `functional_call` leaves its own in a module that has two names.
     """
-    found = [d for m in _modules(model) for d in (vars(m), m._parameters, m._buffers)]
+    found = [d for m in modules(model) for d in (vars(m), m._parameters, m._buffers)]
     before = [(d, dict(d)) for d in found]
     try:
         yield
@@ -43,7 +50,7 @@ def kept_attributes(model: nn.Module) -> Iterator[None]:
             now.update(then)
 
 
-def _modules(model: nn.Module) -> list[nn.Module]:
+def modules(model: nn.Module) -> list[nn.Module]:
     """Return a model's modules; `model.modules()` makes their names too, at 5 % of the time of a small transformer."""
     found = {id(model): model}
     waiting = [model]
@@ -147,8 +154,8 @@ def culprit(error: BaseException, model: nn.Module) -> str:
     """Return the innermost module of `model` that the error arose in, described; else "the model"."""
     paths = {id(module): path for path, module in model.named_modules()}
     frames = [frame.f_locals.values() for frame, _ in traceback.walk_tb(error.__traceback__)]
-    modules = [m for values in frames for m in values if isinstance(m, nn.Module) and id(m) in paths]
-    inner = [m for m in modules if m is not model] or modules  # a library's frames often hold the model too
+    held = [m for values in frames for m in values if isinstance(m, nn.Module) and id(m) in paths]
+    inner = [m for m in held if m is not model] or held  # a library's frames often hold the model too
     return describe(paths[id(inner[-1])], inner[-1], options=True) if inner else "the model"
 
 

@@ -1,5 +1,8 @@
 """What a caller may get wrong is refused by every backend, in words; what only looks wrong is right."""
 
+from collections.abc import Callable
+from contextlib import suppress
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +10,7 @@ from torch import Tensor, nn
 
 from backends import available, backend_class, get_backend
 from backends.base import Unsupported
+from tests.asserts import assert_close
 from tests.cases import DEVICE, Functional, cross_entropy, linear, real, squares
 
 EVERY = [name for name in available() if "grads" in backend_class(name).quantities]
@@ -59,6 +63,87 @@ def test_a_parameter_that_has_other_memory_is_refused_and_a_step_is_seen(backend
     model.load_state_dict(state, assign=True)
     with pytest.raises(Unsupported, match=r"`0.weight` has other memory .* or is another parameter"):
         grads(INPUTS, TARGETS)
+
+
+def evaluate(model: nn.Module) -> None:
+    model.eval()
+
+
+def unfreeze(model: nn.Module) -> None:
+    model[0].bias.requires_grad_(True)
+
+
+def advance(model: nn.Module) -> None:
+    model[3].running_mean.add_(1)
+
+
+def anneal(model: nn.Module) -> None:
+    model[1].p = 0.5
+
+
+def append(model: nn.Module) -> None:
+    model.append(nn.Tanh())
+
+
+CHANGES = {
+    evaluate: r"`training` is False, and was True when this function was built; build it anew",
+    unfreeze: r"`0.bias` has requires_grad=True, and had False",
+    advance: r"the buffer `3.running_mean` has other values than",
+    anneal: r"`1.p` is 0.5, and was 0.0",
+    append: r"the model has other modules than",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("backend", EVERY)
+def test_a_change_that_the_backends_copy_does_not_see_is_refused(
+    backend: str, change: Callable[[nn.Module], None]
+) -> None:
+    model = nn.Sequential(linear(5, 4), nn.Dropout(0.0), nn.Tanh(), nn.BatchNorm1d(4)).to(DEVICE, torch.float64)
+    model[0].bias.requires_grad_(False)
+    model[3].eval().requires_grad_(False)
+    grads = get_backend(backend).grads(model, cross_entropy)
+    grads(INPUTS, TARGETS)
+    model[3].running_mean.add_(0)  # its values are as they were
+    grads(INPUTS, TARGETS)
+    change(model)
+    with pytest.raises(Unsupported, match=CHANGES[change]):
+        grads(INPUTS, TARGETS)
+
+
+@pytest.mark.parametrize("backend", EVERY)
+def test_a_buffer_that_is_bound_to_a_weight_or_an_input_changes_neither(backend: str) -> None:
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        s.seen, s.last = s.a.weight.data, x.data[:1]
+        return s.a(x)  # type: ignore[no-any-return]
+
+    model = Functional(forward, a=linear(5, 4))
+    model.register_buffer("seen", torch.zeros(4, 5))
+    model.register_buffer("last", torch.zeros(1, 5))
+    model.to(DEVICE, torch.float64)
+    weight, inputs = model.a.weight.detach().clone(), INPUTS.clone()
+    with suppress(Unsupported):  # not every library has these
+        found = get_backend(backend).grads(model, cross_entropy)(inputs, TARGETS)
+        torch.testing.assert_close(found, get_backend("naive").grads(model, cross_entropy)(inputs, TARGETS))
+    assert torch.equal(model.a.weight, weight)
+    assert torch.equal(inputs, INPUTS)
+
+
+@pytest.mark.parametrize("backend", ["bookkeeping", "naive"])
+def test_a_cache_may_grow(backend: str) -> None:
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        if x.shape[1] > len(s.cache):
+            s.cache = torch.arange(x.shape[1], device=x.device, dtype=x.dtype).cos()
+        return s.a(x * s.cache[: x.shape[1], None]).sum(1)  # type: ignore[no-any-return]
+
+    model = Functional(forward, a=linear(5, 4))
+    model.register_buffer("cache", torch.empty(0))
+    grads = get_backend(backend).grads(model.to(DEVICE, torch.float64), cross_entropy)
+    for n, length in ((6, 3), (1, 5), (6, 4)):
+        inputs, targets = real(n, length, 5), TARGETS[:n]
+        found = grads(inputs, targets)["a.weight"]
+        assert_close(found.sum(0), torch.autograd.grad(cross_entropy(model(inputs), targets).sum(), model.a.weight)[0])
+        model.cache = torch.empty(0, dtype=torch.float64, device=DEVICE)
 
 
 @pytest.mark.parametrize("backend", EVERY)
