@@ -95,6 +95,16 @@ def by_statistics_from_eight_on(s: nn.Module, x: Tensor) -> Tensor:
     return s.b(torch.tanh((h - h.mean(0)) / h.std(0) if len(h) >= 8 else h))
 
 
+def of_at_most(s: nn.Module, x: Tensor) -> Tensor:
+    h = s.a(x)
+    return s.b(torch.tanh(h * (50 / h.norm()).clamp(max=1)))
+
+
+def below_the_largest(s: nn.Module, x: Tensor) -> Tensor:
+    e = (h := s.a(x)).sub(h.max()).exp()
+    return s.b(e / e.sum(1, keepdim=True))
+
+
 def with_a_shared_code(s: nn.Module, x: Tensor) -> Tensor:
     code = s.b(torch.ones(1, 5, dtype=x.dtype, device=x.device))
     return s.a(x) * (1 + code) + 1e-4 * code.square().sum()
@@ -130,6 +140,10 @@ COUPLED = {
     ),
     "pixels by the brightest": Coupled(
         cross_entropy, [(pixels(), CLASSES)], lambda s, x: s.b(torch.tanh(s.a(x / x.max())))
+    ),
+    "a norm of all, bounded in a later batch": Coupled(cross_entropy, [(X, CLASSES), (9 * X, CLASSES)], of_at_most),
+    "the largest of all, in a later batch": Coupled(
+        cross_entropy, [(X, CLASSES), (torch.cat([X[:31], 1e5 * X[31:]]), CLASSES)], below_the_largest
     ),
     "statistics of eight": Coupled(cross_entropy, [(X, CLASSES)], by_statistics_from_eight_on),
 }

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 SIZES = 3, 4  # samples of the batch that are looked at, in order and backwards
 
-OTHERS: tuple[tuple[int, Kind], ...] = ((0, "other"), (-1, "other"), (-1, "alike"), (0, "almost"))
+OTHERS: tuple[tuple[int, Kind], ...] = ((0, "other"), (-1, "other"), (-1, "alike"), (0, "almost"), (0, "outlier"))
 """Which sample of a few is made another one."""
 
 

@@ -9,7 +9,10 @@ from torch import Tensor
 from backends.batch import Batch, apply, tensors
 from backends.ops.few import Sample
 
-Kind = Literal["other", "alike", "almost"]
+Kind = Literal["other", "alike", "almost", "outlier"]
+
+FAR = 8, 1024
+"""Times as large numbers as they were: of another sample, and of an outlier."""
 
 ALMOST = 63 / 64
 """Times its neighbour that a sample is which shall be near it, and not the same."""
@@ -22,21 +25,24 @@ def with_another(
 
     An "other" one has larger numbers, of the other sign, and tokens, lengths, masks and a class of a sample of the
     whole batch that differs, or smaller ones. One that is "alike" has its neighbour's, but for the numbers; one that is
-    so "almost" has nearly these too. If `only` is given, its other inputs are as they were.
+    so "almost" has nearly these too. An "outlier" has numbers so large that they may reach a bound which all share, of a
+    norm, say, that is not reached yet; it is in doubt itself. If `only` is given, its other inputs are as they were.
     """
     few, targets = batch
-    neighbour, alike = place + 1 if place == 0 else place - 1, kind != "other"
+    neighbour, alike = place + 1 if place == 0 else place - 1, kind in ("alike", "almost")
 
     def changed(t: Tensor, index: int, whole: Tensor) -> Tensor:
         if only is not None and index not in only:
             return t
         t, differs = t.clone(), (whole != t[place]).reshape(len(whole), -1).any(1)
         if t.is_complex():
-            t[place] = _far(t[place])
+            t[place] = _far(t[place], FAR[kind == "outlier"])
         else:
             other = t[neighbour] if alike else whole[differs.int().argmax()] if differs.any() else _less(t[place])
             if t.is_floating_point():
-                changed_to = other * ALMOST if kind == "almost" else _far_within(t[place], whole)
+                changed_to = (
+                    other * ALMOST if kind == "almost" else _far_within(t[place], whole, FAR[kind == "outlier"])
+                )
                 other = torch.where(_integers(whole), other, changed_to)
             t[place] = other
         return t
@@ -48,18 +54,18 @@ def with_another(
     return (apply(lambda t: changed(t, *next(changes)), few), targets), kept
 
 
-def _far(t: Tensor) -> Tensor:
-    return t * -8 - 1
+def _far(t: Tensor, times: int) -> Tensor:
+    return t * -times - 1
 
 
-def _far_within(t: Tensor, whole: Tensor) -> Tensor:
+def _far_within(t: Tensor, whole: Tensor, times: int) -> Tensor:
     """Return larger numbers of the other sign; in [0, 1], if the whole batch is, the least or the largest that occurs.
 
     A model may use them as probabilities, and on CUDA what is out of bounds ends the process.
     """
     low, high = whole.min(), whole.max()
     bounded = bool(low >= 0) and bool(high <= 1)
-    return torch.where(t < (low + high) / 2, high, low) if bounded else _far(t)
+    return torch.where(t < (low + high) / 2, high, low) if bounded else _far(t, times)
 
 
 def _integers(whole: Tensor) -> Tensor:
