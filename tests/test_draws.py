@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from backends import get_backend
 from backends.base import own_copy
@@ -24,8 +25,9 @@ MODELS: dict[str, tuple[Callable[[Any, Tensor], Tensor], bool]] = {
     "channels": (lambda s, x: s.b(F.dropout1d(s.a(x).tanh(), 0.3)), True),
     "attention": (lambda s, x: s.a(F.scaled_dot_product_attention(s.a(x), s.b(x), x, dropout_p=0.3)), True),
     "an LSTM": (lambda s, x: s.lstm(s.a(x))[0], False),
-    "a layer of attention": (lambda s, x: s.m(h := s.a(x), h, h, need_weights=False)[0], False),
-    "a layer of attention, with weights": (lambda s, x: s.m(h := s.a(x), h, h)[0], False),
+    "a layer of attention": (lambda s, x: s.m(h := s.a(x), h, h, need_weights=False)[0], True),
+    "a layer of attention, with weights": (lambda s, x: s.m(h := s.a(x), h, h)[0], True),
+    "a layer of attention, centred": (lambda s, x: s.m(h := s.a(x) - s.a(x).mean(0), h, h)[0], False),
     "a shared mask": (lambda s, x: s.b(s.a(x) * F.dropout(torch.ones(1, 1, 5, device=x.device, dtype=x.dtype))), True),
     "noise": (lambda s, x: s.b(s.a(x) + 0.1 * torch.randn_like(x)), False),
     "mixed pairs": (lambda s, x: s.b(s.a(x) + 0.1 * x[torch.randperm(len(x), device=x.device)]), False),
@@ -117,3 +119,13 @@ def test_what_is_tried_again_draws_the_same() -> None:
         found = seeded(lambda mask=mask: fn((x, mask), targets))
         for name, g in found.items():
             assert_close(g, torch.stack([t[name] for t in truth]))
+
+
+@pytest.mark.parametrize("quantity", ["grads", "norms"])
+def test_dropout_in_a_checkpoint_is_run(quantity: str) -> None:
+    """One that is reentrant allows for `backward()` only."""
+    model = model_of(lambda s, x: checkpoint(lambda z: F.dropout(s.a(z).tanh(), 0.3), s.b(x), use_reentrant=True))
+    found = getattr(get_backend("bookkeeping"), quantity)(model, squares)(real(6, 5), real(6))
+    found = found["a.weight"] if isinstance(found, dict) else found
+    assert found.isfinite().all()
+    assert found.flatten(1).any(1).all() if quantity == "grads" else found.all()

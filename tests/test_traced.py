@@ -49,6 +49,16 @@ def test_compiled_is_the_same_and_sees_later_steps(kind: str, quantities: list[s
             assert_close(ours_then[quantity], loop_then[quantity])
 
 
+def test_one_sample_is_compiled_too() -> None:
+    """As Poisson sampling gives one at times."""
+    model, inputs, targets = net("tokens")
+    ours, loop = (
+        get_backend(b, **o).norms(model, squares_of_rows)
+        for b, o in (("bookkeeping", {"compile": True}), ("naive", {}))
+    )
+    assert_close(ours(inputs[:1], targets[:1]), loop(inputs[:1], targets[:1]))
+
+
 def test_what_is_run_one_by_one_or_asks_for_values_is_not_compiled() -> None:
     for forward in (by_its_values, lambda s, x: s.a(x) if s.a.bias.sum() > -9 else s.b(x)):
         with pytest.raises(Unsupported, match="compile=True"):

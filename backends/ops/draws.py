@@ -2,6 +2,7 @@
 
 import pickle
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -14,6 +15,7 @@ from backends.base import Named
 from backends.batch import size
 from backends.ops.few import Sample, alone, copied, row
 from backends.ops.near import near
+from backends.ops.rules import OVER_THE_BATCH
 from backends.running import kept_buffers, seeded
 from backends.shortage import lack_of_memory
 
@@ -62,9 +64,22 @@ def without_dropout() -> TorchFunctionMode:
     return _WithoutDropout()
 
 
-class _WithoutDropout(TorchFunctionMode):
+class _SeesThroughAttention(TorchFunctionMode, ABC):
+    """Takes over what a layer of attention calls, too: it drops in the midst of what is one function to a mode."""
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
-        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self:
+                return OVER_THE_BATCH[func].function(*args, **(kwargs or {}))
+        return self.of(func, args, kwargs or {})
+
+    @abstractmethod
+    def of(self, func: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
+        """Return what an op returns."""
+
+
+class _WithoutDropout(_SeesThroughAttention):
+    def of(self, func: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
         if func in PLAIN:
             return args[0] if args else kwargs["input"]
         if func is F.scaled_dot_product_attention:
@@ -74,16 +89,16 @@ class _WithoutDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _Drawing(TorchFunctionMode):
+class _Drawing(_SeesThroughAttention):
     """Notices whether something draws by torch, but for dropout."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device, self.otherwise = device, False
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+    def of(self, func: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
         before = _States(self.device)
-        result = func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs)
         self.otherwise |= func not in DROPOUT and _States(self.device) != before
         return result
 

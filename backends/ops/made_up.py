@@ -25,8 +25,8 @@ def with_another(
 
     An "other" one has larger numbers, of the other sign, and tokens, lengths, masks and a class of a sample of the
     whole batch that differs, or smaller ones. One that is "alike" has its neighbour's, but for the numbers; one that is
-    so "almost" has nearly these too. An "outlier" has numbers so large that they may reach a bound which all share, of a
-    norm, say, that is not reached yet; it is in doubt itself. If `only` is given, its other inputs are as they were.
+    so "almost" has nearly these too. An "outlier" has numbers so large that they may reach a bound which all share, of
+    a norm, say, that is not reached yet. If `only` is given, its other inputs are as they were.
     """
     few, targets = batch
     neighbour, alike = place + 1 if place == 0 else place - 1, kind in ("alike", "almost")

@@ -136,22 +136,21 @@ class Passes:
 
     def plain(self, inputs: Batch, targets: Tensor) -> Named:
         """Return the gradients of one sample {name: [*shape]} by ordinary autograd."""
-        self.model.zero_grad(set_to_none=True)  # a call that failed may have left some
         with kept_buffers(self.model):
-            torch.autograd.backward(self.loss_fn(call(self.model, inputs), targets).sum())
-        found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in self.parameters.items()}
-        self.model.zero_grad(set_to_none=True)
-        return {name: _dense(g) for name, g in found.items()}
+            return self._by_autograd(self.loss_fn(call(self.model, inputs), targets).sum())
 
     def among(self, inputs: Batch, targets: Tensor, which: Sequence[int]) -> list[Named]:
         """Return some samples' gradients {name: [*shape]} by ordinary autograd, of one forward pass of all samples."""
         losses = self.loss_fn(call(self.model, inputs), targets)
-        found = []
-        for i in which:
-            grads = torch.autograd.grad(losses[i], list(self.parameters.values()), retain_graph=True, allow_unused=True)
-            named = zip(self.parameters.items(), grads, strict=True)
-            found.append({name: torch.zeros_like(p) if g is None else _dense(g) for (name, p), g in named})
-        return found
+        return [self._by_autograd(losses[i], again=True) for i in which]
+
+    def _by_autograd(self, loss: Tensor, *, again: bool = False) -> Named:
+        """Return the gradients of a loss, of which others may be wanted again; checkpoints allow for no other call."""
+        self.model.zero_grad(set_to_none=True)  # a call that failed may have left some
+        torch.autograd.backward(loss, retain_graph=again)
+        found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in self.parameters.items()}
+        self.model.zero_grad(set_to_none=True)
+        return {name: _dense(g) for name, g in found.items()}
 
     def _batch_pass(self, inputs: Batch, targets: Tensor, **how: Any) -> Recorder:  # noqa: ANN401
         """Return the recorder of both passes, see there."""

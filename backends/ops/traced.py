@@ -56,7 +56,7 @@ class Compiled(Generic[R]):
 
     def _compiled(self, inputs: Batch, targets: Tensor) -> Callable[[Batch, Tensor], R]:
         way = self.passes.way(inputs, targets)
-        if way.name == ONE_BY_ONE:
+        if way.name == ONE_BY_ONE and size(inputs) > 1:
             raise Unsupported("`model` (compile=True): its samples are run one by one, which is no single graph")
         if way.answers:
             why = "the model asks for values, such as `mask.all()`, by which one graph cannot go different ways"
