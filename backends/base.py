@@ -24,6 +24,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from pydantic import Field
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from backends import derived
 from backends.closures import bind_anew
@@ -213,7 +214,8 @@ def full_copy(model: nn.Module, known: Mapping[int, Tensor] | None = None) -> nn
     try:
         copied = copy.deepcopy(model, copies)
     except Exception as error:
-        raise Unsupported(f"the model cannot be copied (copy.deepcopy: {first_line(error)})") from error
+        why = _left_by_a_pass(model) or f"copy.deepcopy: {first_line(error)}"
+        raise Unsupported(f"the model cannot be copied ({why})") from error
     bind_anew(copied, copies)
     return copied
 
@@ -225,3 +227,13 @@ def _computed_anew(model: nn.Module) -> Iterator[Tensor]:
             name = getattr(hook, "name", None) or getattr(hook, "_tensor_name", None)
             if isinstance(weight := vars(module).get(str(name)), Tensor):
                 yield weight
+
+
+def _left_by_a_pass(model: nn.Module) -> str:
+    """Return which attribute holds a tensor with a history, which cannot be copied; nothing where none does."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if not name.startswith("_") and any(isinstance(t, Tensor) and t.grad_fn for t in tree_leaves(value)):
+                where = f"{path}{'.' * bool(path)}{name}"
+                return f"`{where}` holds a tensor that autograd has made, as of an earlier pass; detach it or drop it"
+    return ""

@@ -200,6 +200,18 @@ def test_what_has_no_values_is_refused(backend: str) -> None:
         get_backend(backend).grads(None, cross_entropy)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("backend", EVERY)
+def test_what_a_pass_has_left_is_named(backend: str) -> None:
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        s.a.features = [s.a(x)]
+        return s.a.features[0]  # type: ignore[no-any-return,union-attr,index]
+
+    model = Functional(forward, a=linear(5, 4)).to(DEVICE, torch.float64)
+    model(INPUTS)
+    with pytest.raises(Unsupported, match=r"cannot be copied \(`a.features` holds a tensor that autograd has made"):
+        get_backend(backend).grads(model, cross_entropy)
+
+
 def test_a_model_that_changes_its_weights_is_refused_and_they_stay() -> None:
     weight = nn.Parameter(real(9, 5) * 10)
     model = Functional(lambda s, x: s.a(F.embedding(x, s.w, max_norm=1.0)), a=linear(5, 4), w=weight).double()
