@@ -203,13 +203,15 @@ class Memory:
     itself: "Memory"
 
 
-def test_every_form_of_more_than_one_sample_is_looked_at_once() -> None:
+def test_every_form_of_more_than_one_sample_is_looked_at_once_and_sizes_that_are_near_are_one() -> None:
     parts = InParts(lambda inputs, targets: targets, lambda inputs, targets: targets, torch.cat, "nothing")
     assert parts.knows(real(1, 5), real(1))
     assert not parts.knows(real(16, 5), real(16))
     parts.choose(real(16, 5), real(16))
     assert parts.knows(real(16, 5), real(16))
+    assert parts.knows(real(17, 5), real(17))
     assert not parts.knows(real(15, 5), real(15))
+    assert not parts.knows(real(18, 5), real(18))
     assert not parts.knows(real(16, 6), real(16))
     assert not parts.knows(real(16, 5), real(16, 2))
 

@@ -46,7 +46,7 @@ class InParts(Generic[R]):
         step: What an ordinary step computes of them.
         merge: The parts' results -> the result.
         what: What it computes, for the record of choices.
-        counts: How many parts are best, by the form of inputs.
+        counts: How many parts are best, by the form of inputs and about how many samples there are.
     """
 
     run: Callable[[Batch, Tensor], R]
@@ -154,4 +154,10 @@ def _on_copies(run: Callable[[Batch, Tensor], object], inputs: Batch, targets: T
 
 
 def _form(inputs: Batch, targets: Tensor) -> object:
-    return signature(inputs), signature(targets), size(inputs)
+    return signature(inputs), signature(targets), _about(size(inputs))
+
+
+def _about(n: int) -> int:
+    """Return N to four binary digits: batches of about one size, as by Poisson sampling, have as many parts."""
+    rest = max(0, n.bit_length() - 4)
+    return n >> rest << rest
