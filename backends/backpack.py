@@ -54,11 +54,13 @@ class BackPack(Backend):
         from backpack.extensions import BatchGrad
 
         run = _extended(model, loss_fn, "grad_batch", rows=lambda found: found)
+        look = _look(model, loss_fn) if self.subsampling else None
 
         def fn(inputs: Batch, targets: Tensor) -> Named:
             n = size(inputs)
-            if self.subsampling is None or self.subsampling >= n:
+            if look is None or self.subsampling is None or self.subsampling >= n:
                 return run(inputs, targets, [BatchGrad()], [n])[0]
+            look(inputs, targets)
             some = [list(range(i, min(i + self.subsampling, n))) for i in range(0, n, self.subsampling)]
             parts = run(inputs, targets, [BatchGrad(subsampling=s) for s in some], [len(s) for s in some])
             return {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}
@@ -84,17 +86,13 @@ class BackPack(Backend):
 
     def variance(self, model: nn.Module, loss_fn: LossFn) -> GradsFn:
         """Build the extended model with Variance: mean square minus squared mean, which cancels where they are near."""
-        from backpack.extensions import BatchGrad, Variance
+        from backpack.extensions import Variance
 
         run = _extended(model, loss_fn, "variance", lambda n, p: tuple(p.shape))
-        look = _extended(model, loss_fn, "grad_batch", rows=lambda found: found)
-        seen = set()
+        look = _look(model, loss_fn)
 
         def fn(inputs: Batch, targets: Tensor) -> Named:
-            if guarded() and (form := (signature(inputs), size(inputs) > 1)) not in seen:
-                few = few_of(size(inputs))  # a variance does not show whose gradients it was made of
-                look(inputs, targets, [BatchGrad(subsampling=few)], [len(few)])
-                seen.add(form)
+            look(inputs, targets)  # a variance does not show whose gradients it was made of
             (found,) = run(inputs, targets, [Variance()], [size(inputs)])
             # case "input: N = 1": one sample's variance is zero, the formula leaves rounding
             return found if size(inputs) > 1 else {name: torch.zeros_like(t) for name, t in found.items()}
@@ -120,6 +118,22 @@ def _adds_up_groups(layer: nn.Module) -> str | None:
 
 
 RULES: tuple[Wrong, ...] = (_pads_with_zeros, _pads_its_own_way)
+
+
+def _look(model: nn.Module, loss_fn: LossFn) -> Callable[[Batch, Tensor], None]:
+    """Return a function that verifies a few samples' gradients, once for each form of inputs."""
+    from backpack.extensions import BatchGrad
+
+    run = _extended(model, loss_fn, "grad_batch", rows=lambda found: found)
+    seen = set()
+
+    def look(inputs: Batch, targets: Tensor) -> None:
+        if guarded() and (form := (signature(inputs), size(inputs) > 1)) not in seen:
+            few = few_of(size(inputs))
+            run(inputs, targets, [BatchGrad(subsampling=few)], [len(few)])
+            seen.add(form)
+
+    return look
 
 
 Run = Callable[[Batch, Tensor, Sequence[Any], Sequence[int]], list[Named]]

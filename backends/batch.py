@@ -27,7 +27,8 @@ def size(batch: Batch) -> int:
     """
     found = tensors(batch) if isinstance(batch, Tensor | tuple | list | dict) else []
     if not found or not all(isinstance(t, Tensor) and t.dim() > 0 for t in found):
-        raise ValueError(f"a batch is a tensor [N, ...] or a tuple or dict of such, found {type(batch).__name__}")
+        of = f" of {', '.join(type(t).__name__ for t in found)}" if found and not isinstance(batch, Tensor) else ""
+        raise ValueError(f"a batch is a tensor [N, ...] or a tuple or dict of such, found {type(batch).__name__}{of}")
     lengths = {t.shape[0] for t in found}
     if len(lengths) > 1:
         raise ValueError(f"all tensors of a batch have the same first dimension N, found {sorted(lengths)}")
@@ -64,6 +65,13 @@ def signature(batch: Batch) -> tuple[object, ...]:
     """Return what a batch looks like apart from N and its values: names, shapes and dtypes of its tensors."""
     names = tuple(batch) if isinstance(batch, dict) else ()
     return (names, *((tuple(t.shape[1:]), t.dtype) for t in tensors(batch)))
+
+
+def form(inputs: Batch, targets: Tensor) -> tuple[object, ...]:
+    """Return all of a call that is not values: what is recorded, or compiled, for one call holds for those alike."""
+    device = targets.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return signature(inputs), size(inputs), signature(targets), autocast
 
 
 def call(model: nn.Module | Callable[..., Tensor], inputs: Batch) -> Tensor:

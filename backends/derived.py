@@ -210,10 +210,10 @@ def check_max_norm(max_norm: float) -> None:
     """Refuse a norm to clip to that would turn gradients round.
 
     Raises:
-        ValueError: It is not above 0.
+        ValueError: It is no number above 0.
     """
-    if not max_norm > 0:
-        raise ValueError(f"max_norm should be above 0, found {max_norm}")
+    if not isinstance(max_norm, int | float) or not max_norm > 0:
+        raise ValueError(f"max_norm should be a number above 0, found {max_norm!r}")
 
 
 def clip_factors(norms: Tensor, max_norm: float) -> Tensor:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from backends import derived
 from backends.base import MODES, Backend, GradsFn, LossFn, Positive, TensorFn, Unsupported, trainable
-from backends.batch import Batch, signature, size
+from backends.batch import Batch, form, size
 from backends.given import checked
 from backends.graphs import graphed
 from backends.running import first_sentence
@@ -48,7 +48,8 @@ class Executed(Backend):
     modes: frozenset[str]
 
     def __post_init__(self) -> None:
-        for fact in ("name", "requires", "reference", "float64", "quantities", "narrow", *MODES):
+        facts = "name", "requires", "reference", "float64", "quantities", "narrow", "native", "way", "load", "release"
+        for fact in (*facts, *MODES):
             object.__setattr__(self, fact, getattr(self.inner, fact))
 
     @property
@@ -136,9 +137,9 @@ def _compiled_after_a_look(fn: Fn) -> Fn:
     faster, seen = compiled(fn), set[object]()
 
     def run(inputs: Batch, targets: Tensor) -> Any:  # noqa: ANN401  as the function
-        if (form := (signature(inputs), size(inputs))) not in seen:
+        if (this := form(inputs, targets)) not in seen:
             fn(inputs, targets)
-            seen.add(form)
+            seen.add(this)
         return faster(inputs, targets)
 
     return run

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from backends.batch import Batch, apply, detached, signature, size, tensors
+from backends.batch import Batch, apply, detached, form, tensors
 from backends.refusals import Unsupported, first_line_of
 
 WARM_UPS = (
@@ -47,11 +47,10 @@ def graphed(fn: Callable[[Batch, Tensor], Any], *, kept: bool = True) -> Callabl
     def run(inputs: Batch, targets: Tensor) -> Any:  # noqa: ANN401  as the function
         # else each call would add to the history of what it is copied to
         inputs, targets = detached(inputs), detached(targets)
-        form = (signature(inputs), size(inputs), signature(targets))
-        if form not in graphs:
+        if (this := form(inputs, targets)) not in graphs:
             with torch.cuda.device_of(targets), _is_ahead():  # what is recorded is the current device's
-                graphs[form] = _record(fn, inputs, targets)
-        result = graphs[form].replay(inputs, targets)
+                graphs[this] = _record(fn, inputs, targets)
+        result = graphs[this].replay(inputs, targets)
         return tree_map(torch.clone if kept else torch.Tensor.detach, result)  # dicts are the caller's in any case
 
     return run

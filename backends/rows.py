@@ -24,7 +24,8 @@ class Rows:
 
     def reached(self, grad: Tensor) -> list[int]:
         """Return the samples in whose rows a gradient of the tensor is not zero."""
-        rows = grad.detach().nan_to_num(0).movedim(self.axis, 0).flatten(1) if grad.dim() > 1 else grad[:, None]
+        grad = grad.detach().nan_to_num(0)
+        rows = grad.movedim(self.axis, 0).flatten(1) if grad.dim() > 1 else grad.reshape(-1, 1)
         found = (rows != 0).any(1).nonzero().flatten()
         return [int(i) for i in (found if self.samples is None else self.samples.to(found.device)[found]).unique()]
 

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -45,6 +46,16 @@ def test_there_is_one_reference() -> None:
 def test_native_is_what_a_backend_defines() -> None:
     assert all(backend_class(name).native("grads") for name in available())
     assert not any(Backend.native(quantity) for quantity in QUANTITIES)
+
+
+@pytest.mark.parametrize("name", available())
+def test_a_backend_in_use_says_of_itself_what_its_class_does(name: str) -> None:
+    of, used = backend_class(name), get_backend(name)
+    for quantity in QUANTITIES:
+        assert (used.native(quantity), used.way(quantity)) == (of.native(quantity), of.way(quantity))
+    with suppress(Unavailable):
+        used.load()
+    used.release()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from backends import available, backend_class, get_backend
-from backends.base import QUANTITIES, Unavailable, Unsupported
+from backends.base import QUANTITIES, Backend, Unavailable, Unsupported
 from backends.batch import Batch, apply, tensors
 from tests.asserts import assert_close
 from tests.cases import DEVICE, Functional, linear, real
@@ -81,6 +81,17 @@ def a_module_twice() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 5), twice, nn.Tanh(), twice)
 
 
+class Temperature(nn.Module):
+    """A module that returns a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self) -> Tensor:
+        return self.log.exp()
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], Batch, torch.dtype]] = {
     "closures": (Closed, real(6, 5), torch.float64),
     "ordered by length": (
@@ -109,6 +120,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Batch, torch.dtype]] = {
         torch.float64,
     ),
     "spectral norm": (spectral, real(6, 5), torch.float64),
+    "a module that returns a number": (
+        lambda: Functional(lambda s, x: s.a(x) * s.t(), a=linear(5, 4), t=Temperature()),
+        real(6, 5),
+        torch.float64,
+    ),
     "a module twice": (a_module_twice, real(6, 5), torch.float64),
 }
 
@@ -122,15 +138,26 @@ def test_a_backend_is_right_or_refuses(backend: str, name: str, quantity: str) -
         backend_class(backend).load()
     except Unavailable as absence:
         pytest.skip(str(absence))
+    modes = {"opacus": ("hooks", "functorch", "ew")}.get(backend)
+    right_or_refuse([get_backend(backend, mode=m) for m in modes] if modes else [get_backend(backend)], name, quantity)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CASES)
+def test_backpack_is_right_or_refuses_some_samples_at_a_time_too(name: str) -> None:
+    right_or_refuse([get_backend("backpack", subsampling=2)], name, "grads")
+
+
+def right_or_refuse(backends: list[Backend], name: str, quantity: str) -> None:
     build, inputs, dtype = CASES[name]
     model = build().to(DEVICE, dtype)
     inputs = apply(lambda t: t.to(DEVICE, dtype if t.is_floating_point() else t.dtype), inputs)
     n = len(tensors(inputs)[0])
     targets = (torch.arange(n) % 2 * 2.0 - 1).to(DEVICE, dtype)
     truth = getattr(get_backend("naive"), quantity)(model, squares)(inputs, targets)
-    for mode in {"opacus": ("hooks", "functorch", "ew")}.get(backend, (None,)):
+    for backend in backends:
         try:
-            fn = getattr(get_backend(backend, **({"mode": mode} if mode else {})), quantity)(model, squares)
+            fn = getattr(backend, quantity)(model, squares)
             for _ in range(2):
                 assert_close(fn(inputs, targets), truth)
         except Unsupported:
@@ -186,5 +213,5 @@ def test_inputs_may_have_gradients_of_their_own(backend: str) -> None:
 def test_a_norm_to_clip_to_is_above_zero() -> None:
     model = linear(5, 3).to(DEVICE, torch.float64)
     for backend in ("naive", "bookkeeping", "vmap"):
-        with pytest.raises(ValueError, match=r"max_norm should be above 0, found -1.0"):
+        with pytest.raises(ValueError, match=r"max_norm should be a number above 0, found -1.0"):
             get_backend(backend).clipped_sum(model, squares, max_norm=-1.0)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from backends import get_backend
 from backends.base import Unsupported
+from backends.batch import form
 from backends.ops import pages
 from tests.asserts import assert_close
 from tests.cases import DEVICE, N, real, squares
@@ -57,6 +58,14 @@ def test_one_sample_is_compiled_too() -> None:
         for b, o in (("bookkeeping", {"compile": True}), ("naive", {}))
     )
     assert_close(ours(inputs[:1], targets[:1]), loop(inputs[:1], targets[:1]))
+
+
+def test_each_autocast_has_a_graph_of_its_own() -> None:
+    forms = set()
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast(DEVICE.type, dtype):
+            forms.add(form(real(4, 2), real(4)))
+    assert len(forms | {form(real(4, 2), real(4)), form(real(4, 2), real(4).float())}) == 4
 
 
 def test_what_is_run_one_by_one_or_asks_for_values_is_not_compiled() -> None:

@@ -297,10 +297,10 @@ def itself(name: str, g: PerSample) -> PerSample:
 
 
 @contextmanager
-def going_on(there_is_more: bool = True) -> Iterator[None]:
-    """Go on after the block when it fails, unless that is for want of memory, or there is nothing more to try."""
+def going_on() -> Iterator[None]:
+    """Go on after the block when it fails, unless that is for want of memory."""
     try:
         yield
     except Exception as error:  # whatever a model's code may raise
-        if lack_of_memory(error) or not there_is_more:
+        if lack_of_memory(error):
             raise

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from backends.base import Unsupported
-from backends.batch import Batch, signature, size
+from backends.batch import Batch, form, size
 from backends.execution import compiled
 from backends.ops.choice import tracing
 from backends.ops.passes import ONE_BY_ONE, Way
@@ -46,13 +46,12 @@ class Compiled(Generic[R]):
         Raises:
             Unsupported: The passes are run one sample at a time, or the compiler fails.
         """
-        device = targets.device.type
-        form = (signature(inputs), size(inputs), signature(targets), torch.is_autocast_enabled(device))
+        this = form(inputs, targets)
         with kept_buffers(self.passes.of.model):
-            if form not in self.graphs:
-                self.graphs[form] = self._compiled(inputs, targets)
-            with torch.no_grad(), torch.autocast(device, enabled=False):  # the graph has the casts
-                return self.graphs[form](inputs, targets)
+            if this not in self.graphs:
+                self.graphs[this] = self._compiled(inputs, targets)
+            with torch.no_grad(), torch.autocast(targets.device.type, enabled=False):  # the graph has the casts
+                return self.graphs[this](inputs, targets)
 
     def _compiled(self, inputs: Batch, targets: Tensor) -> Callable[[Batch, Tensor], R]:
         way = self.passes.way(inputs, targets)
