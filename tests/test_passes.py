@@ -272,6 +272,20 @@ def test_an_input_that_is_changed_later_is_an_error_as_in_autograd() -> None:
         get_backend("bookkeeping").grads(model, squares)(real(N, 5), real(N))
 
 
+def test_what_one_sample_has_counted_is_not_the_next_ones() -> None:
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        s.calls += 1
+        return by_its_values(s, x) / s.calls
+
+    model = habit(forward)
+    model.calls = 0
+    norms = get_backend("bookkeeping").norms(model, squares)
+    found = [norms(real(N, 5), real(N)) for _ in range(2)]
+    assert_close(found[0], found[1])
+    alone = [get_backend("naive").norms(model, squares)(real(N, 5)[i : i + 1], real(N)[i : i + 1]) for i in range(N)]
+    assert_close(found[0], torch.cat(alone))
+
+
 def test_buffers_may_come_and_go_in_a_pass() -> None:
     def forward(s: nn.Module, x: Tensor) -> Tensor:
         s.cache, s.calls = None, s.calls.add_(1)

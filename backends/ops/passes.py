@@ -209,7 +209,7 @@ class Passes:
             return alone(inputs, targets, each)
         found = []
         for i in range(size(inputs)):
-            with kept_buffers(self.model):
+            with kept_buffers(self.model), kept_attributes(self.model):  # one that counts its calls, say
                 found.append(alone(take(inputs, slice(i, i + 1)), targets[i : i + 1], itself))
         with torch.no_grad(), precision.without_autocast(targets.device):
             return {name: each(name, Stacked([one.pop(name) for one in found])) for name in self.values}
