@@ -65,23 +65,23 @@ class _Held:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.modules = [*model.named_modules()]
+        self.model, self.found = model, modules(model)
+        named = [*model.named_modules()]
         self.numbers = [
             (_named(path, name), vars(m), name, value)
-            for path, m in self.modules
+            for path, m in named
             for name, value in vars(m).items()
             if isinstance(value, float) or name == "training"
         ]
         self.parameters = [
             (_named(path, name), m._parameters, name, p, p.data_ptr(), p.requires_grad)
-            for path, m in self.modules
+            for path, m in named
             for name, p in m._parameters.items()
             if p is not None
         ]
         self.buffers = [
             [_named(path, name), m._buffers, name, b, b._version, b.clone()]
-            for path, m in self.modules
+            for path, m in named
             for name, b in m._buffers.items()
             if b is not None
         ]
@@ -107,7 +107,7 @@ class _Held:
                 if not _equal(found, value):
                     return f"the buffer `{path}` has other values than {BUILT}"
                 buffer[3:5] = found, found._version
-        if {id(m) for m in modules(self.model)} != {id(m) for _, m in self.modules}:
+        if modules(self.model) != self.found:
             return f"the model has other modules than {BUILT}"
         return ""
 
