@@ -193,7 +193,8 @@ class AllClose(Rule):
     ) -> Agreement:
         """Compare every number with the yardstick's; see `torch.allclose`."""
         y = {name: t.double() for name, t in yardsticks[0].items()}
-        gaps = {name: (result[name].double() - t).abs() / (self.atol + self.rtol * t.abs()) for name, t in y.items()}
+        allowed = {name: (self.atol + self.rtol * t.abs()).clamp_min(TINY) for name, t in y.items()}  # 0 of 0 is right
+        gaps = {name: (result[name].double() - t).abs() / allowed[name] for name, t in y.items()}
         excess = torch.stack([gap.amax(1) for gap in gaps.values()], 1).where(norms(truth).isfinite(), 0)
         return _answer("allclose", excess, distance(result, truth), truth, (), per_sample)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from backends import available
-from backends.base import BACKENDS, QUANTITIES, Backend, LossFn, Unsupported
+from backends.base import BACKENDS, QUANTITIES, Backend, LossFn
 from backends.batch import Batch, apply, size, take
 from backends.registry import BadOption, UnknownName, check_options, explain, unknown
 from testbed.agreement import RULES, Rule
@@ -20,12 +20,13 @@ from testbed.cell import Cell
 from testbed.config.experiment import Choice, Combination, Experiment, Timing, Workload
 from testbed.environment import source_of
 from testbed.group import Emit
+from testbed.outcome import Outcome
 from testbed.problems import DATA, LOSSES, MODELS, Problem, ProblemError, make_problem
 from testbed.processes.child import Isolation
 from testbed.progress import Progress
 from testbed.records import Record
 from testbed.report import Report
-from testbed.runner import run
+from testbed.runner import STOPPED, leave, run
 from testbed.settings import Settings, identify
 
 Chosen = str | Mapping[str, Mapping[str, Any]]
@@ -168,18 +169,19 @@ def run_experiment(
             progress.begin(f"problem {count} of {len(found)}: {job.problem}", 0)
         set_precision(job.problem)
         arguments = (job.about, job.cells, job.settings, emit)
+        if stopped:
+            leave(STOPPED, *arguments, isolation, finished)
+            continue
         try:
-            if stopped:
-                run(_stop, *arguments, finished=finished)
-            else:
-                run(partial(_make, job.problem, device), *arguments, progress, isolation, finished)
+            run(partial(_make, job.problem, device), *arguments, progress, isolation, finished)
         except KeyboardInterrupt:
             stopped = True
         except ProblemError as error:
             if len(found) == 1:
                 raise
             failed.append(error)
-            run(partial(_refuse, str(error)), *arguments, finished=finished)
+            refused = Outcome(status="unsupported", reason=f"the problem: {error}")
+            leave(refused, *arguments, isolation, finished)
     if stopped:
         raise KeyboardInterrupt
     if failed:
@@ -223,16 +225,6 @@ def identities(experiment: Experiment, device: torch.device, isolation: Isolatio
 def isolated(experiment: Experiment, plugins: Sequence[str] = ()) -> Isolation:
     """Return what an experiment lets the children take that run its cells, and what they load first."""
     return Isolation(**experiment.limits.model_dump(), plugins=tuple(str(Path(file).resolve()) for file in plugins))
-
-
-def _stop(*_: object) -> Problem:
-    """Make no problem: the run has been interrupted, and what would have come has to have its records."""
-    raise KeyboardInterrupt
-
-
-def _refuse(reason: str) -> Problem:
-    """Make no problem: it cannot be made, and its cells have to have their records."""
-    raise Unsupported(reason)
 
 
 def about_problem(problem: Workload, device: torch.device) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def devices(records: Sequence[Record]) -> list[str]:
 
 
 def differences(old: Sequence[Record], new: Sequence[Record]) -> dict[str, tuple[str, str]]:
-    """Return {setting: (old, new)} of what differs between the runs' environments; clocks are momentary."""
+    """Return {setting: (old, new)} of what differs between the runs' environments."""
     first, second = ({k: str(v) for r in run for k, v in _flat(r.environment)} for run in (old, new))
     keys = [key for key in {**first, **second} if first.get(key) != second.get(key)]
     return {key: (first.get(key, "not recorded"), second.get(key, "not recorded")) for key in keys}
@@ -201,9 +201,9 @@ def _memory(old: Record, new: Record) -> float | None:
 
 
 def _flat(environment: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yield (dotted key, value) of an environment, without a backend's own and momentary clocks."""
+    """Yield (dotted key, value) of an environment, without a backend's own and what is momentary."""
     for key, value in environment.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
-        elif key not in ("backend_source", "clocks"):
+        elif key not in ("backend_source", "clocks", "disturbances"):
             yield prefix + key, value

@@ -40,8 +40,8 @@ def environment(device: torch.device) -> dict[str, Any]:
             "memory_bytes": properties.total_memory,
             "capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda,
-            "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-            "clocks": _run("nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm", "--format=csv,noheader"),
+            "driver": _of_gpu(properties, "driver_version"),
+            "clocks": _of_gpu(properties, "clocks.sm,clocks.mem,clocks.max.sm"),
         }
     return found
 
@@ -100,6 +100,12 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def _of_gpu(properties: Any, what: str) -> str | None:  # noqa: ANN401  torch names no type for them
+    """Return what `nvidia-smi` says of one of the GPUs."""
+    gpu = f"GPU-{str(properties.uuid).removeprefix('GPU-')}"
+    return _run("nvidia-smi", f"--id={gpu}", f"--query-gpu={what}", "--format=csv,noheader")
 
 
 def _run(*command: str) -> str | None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from backends import get_backend, variants
-from backends.base import Unavailable, Unsupported
-from testbed.agreement import Calibrated, as_rows, distance, norms
+from backends.base import Unavailable, Unsupported, first_line
+from testbed.agreement import Calibrated
 from testbed.problems import Problem
 from testbed.records import with_options
 from testbed.referee import Referee
@@ -26,7 +26,8 @@ class Errors:
     Attributes:
         backend: Name and options.
         dtype: The dtype it ran in.
-        relative: ‖g_i − t_i‖ / ‖t_i‖ for each sample; empty where the backend refuses.
+        samples: Those that were checked.
+        relative: ‖g_i − t_i‖ / ‖t_i‖ for each of them; empty where the backend refuses, or gives something else.
         ill_conditioned: Samples that only a kink excuses.
         agrees: Whether the default rule agrees.
         reason: Why there are none, or what is wrong.
@@ -34,6 +35,7 @@ class Errors:
 
     backend: str
     dtype: str
+    samples: tuple[int, ...]
     relative: tuple[float, ...]
     ill_conditioned: tuple[int, ...]
     agrees: bool
@@ -71,16 +73,14 @@ def _errors(run: Problem, referee: Referee, name: str, options: dict[str, object
     try:
         result = get_backend(name, **options).grads(run.model, run.loss_fn)(run.inputs, run.targets)
     except (Unsupported, Unavailable) as refusal:
-        return Errors(label, dtype, (), (), agrees=True, reason=str(refusal))
+        return Errors(label, dtype, (), (), (), agrees=True, reason=str(refusal))
     except RuntimeError as error:  # a kernel that the dtype lacks
-        return Errors(label, dtype, (), (), agrees=True, reason=str(error).splitlines()[0])
+        return Errors(label, dtype, (), (), (), agrees=True, reason=first_line(error))
     finding = referee.precision(result)
-    truth = as_rows(referee.truth.exact(), "grads")
-    chosen = slice(None) if referee.truth.chosen is None else referee.truth.chosen
-    rows = {k: t[chosen] for k, t in as_rows(result, "grads").items()}
-    relative = distance(rows, truth).norm(dim=1) / norms(truth).norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
-    ill = finding.agreement.ill_conditioned if finding.agreement else ()
-    return Errors(label, dtype, tuple(relative.tolist()), ill, finding.status == "ok", finding.diagnosis)
+    answer = finding.agreement
+    samples, relative = zip(*answer.errors, strict=True) if answer and answer.errors else ((), ())
+    ill = answer.ill_conditioned if answer else ()
+    return Errors(label, dtype, samples, relative, ill, finding.status == "ok", finding.diagnosis)
 
 
 @dataclass(frozen=True)

@@ -159,6 +159,9 @@ def test_allclose_is_a_tolerance_on_every_number(gap: float, agrees: bool) -> No
 
 def test_zero_gradients_agree_with_zeros() -> None:
     zero = {"weight": torch.zeros(N, 3, dtype=torch.float64)}
+    for exact in (AllClose(atol=0), AllClose(atol=0, rtol=0)):
+        assert exact.judge(zero, zero, [zero], no_draw, per_sample=True).agrees
+        assert not exact.judge({"weight": zero["weight"] + 1e-9}, zero, [zero], no_draw, per_sample=True).agrees
     assert Calibrated().judge(rounded(zero), zero, [rounded(zero)], no_draw, per_sample=True).agrees
 
 

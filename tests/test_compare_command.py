@@ -109,8 +109,10 @@ def test_differences_come_first(run: Any) -> None:
     assert lines[2:5] == ["environment:", "  threads: 1 → 8", "  versions.torch: 9.9 → 10"]
 
 
-def test_momentary_clocks_are_no_difference() -> None:
+def test_what_is_momentary_is_no_difference() -> None:
     old, new = (record(environment=MACHINE | {"gpu": {"name": "Loom", "clocks": c}}) for c in ("1 MHz", "2 MHz"))
+    assert differences([old], [new]) == {}
+    old, new = (record(environment=MACHINE | {"disturbances": d}) for d in (["other programs ran"], []))
     assert differences([old], [new]) == {}
 
 

@@ -158,7 +158,7 @@ def test_all_quantities_are_one_line_where_they_are_alike(command: Any) -> None:
         (("--quantity", "norm"), "unknown quantity 'norm' (did you mean 'norms'?); available: "),
         (("--plugin", "nowhere.py"), "nowhere.py: FileNotFoundError: no plugin file nowhere.py"),
         (("--write-table", "nowhere.md"), "--write-table nowhere.md: cannot be read"),
-        (("--write-table", PLANTED), "it has no <!-- capabilities --> to write after"),
+        (("--write-table", PLANTED), "it has no <!-- capabilities --> and <!-- /capabilities --> to write between"),
         (("--write-table", PLANTED, "--layer", "Linear"), "leave out --layer"),
         (("--write-table", PLANTED, "--device", "auto"), "leave out --device"),
         pytest.param(

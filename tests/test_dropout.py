@@ -12,9 +12,11 @@ from torch.utils.checkpoint import checkpoint
 import testbed
 from backends import available, backend_class, get_backend
 from backends.batch import call, size, take
+from testbed.agreement import Calibrated
 from testbed.checks import refuse_without_gradients
 from testbed.dropout import with_masks
 from testbed.problems import Problem
+from testbed.processes.host import Host, Setup
 from tests.asserts import assert_close
 from tests.cases import Functional, squares
 
@@ -126,6 +128,7 @@ def test_what_has_no_mask_for_each_sample_stays_random(name: str) -> None:
     model = Functional(forward, a=nn.Linear(5, 5), drop=nn.Dropout()).double()
     p = Problem(model, squares, inputs, normal(N), inputs, normal(N))
     assert with_masks(p) is p
+    assert Host(Setup(lambda: p, 0, Calibrated())).make() == {}  # what records say of masks
 
 
 @pytest.mark.usefixtures("own_random_state")

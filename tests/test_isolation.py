@@ -203,3 +203,10 @@ def test_cause(code: int | None, said: str, oom_killed: bool, status: str, reaso
     assert found[0] == status
     assert reason in found[1]
     assert "\n" not in found[1]
+
+
+def test_a_containers_memory_is_what_it_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, held in (("memory.max", 3 * 10**9), ("memory.current", 2 * 10**9)):
+        (tmp_path / name).write_text(f"{held}\n", encoding="utf-8")
+    monkeypatch.setattr(child, "CGROUP", tmp_path / "memory.max")
+    assert child.on_device(Isolation(60.0), torch.device("cpu")).memory_gb == 0.9

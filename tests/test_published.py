@@ -109,6 +109,10 @@ def test_ours_stands_beside_the_published_figure_by_backend_and_quantity() -> No
     assert "Paper (GPU): It is fast. vmap grads: published 3.00 × step / here 2.00 " in found
 
 
+def test_a_figure_of_no_quantity_in_particular_is_set_beside_the_cheapest() -> None:
+    assert "published 3.00 × step / here 2.00 " in shown({}, record("naive", 8), record("vmap", 2))
+
+
 def test_a_figure_relative_to_the_baseline_is_set_beside_that_ratio() -> None:
     r = record("vmap", 2)
     r.timing.update(baseline="naive", ratio=0.25, ratio_ci=[0.2, 0.3])

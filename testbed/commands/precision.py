@@ -80,7 +80,7 @@ def _show(found: Sequence[Errors], lost: Sequence[Cancellation], console: Consol
         grid.add_column(column, justify="left" if column in ("dtype", "backend") else "right")
     for e in found:
         if not e.relative:
-            grid.add_row(e.dtype, e.backend, "–", "–", "–", "refused")
+            grid.add_row(e.dtype, e.backend, "–", "–", "–", "refused" if e.agrees else "wrong")
             continue
         ordered = sorted(e.relative)
         p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
@@ -111,7 +111,7 @@ def _save(found: Sequence[Errors], lost: Sequence[Cancellation], folder: Path) -
     for row, e in enumerate(reversed(shown)):
         floor = [max(x, 1e-18) for x in e.relative]
         axes.plot(floor, [row] * len(floor), "|", ms=12, alpha=0.6, color="C0")
-        kinks = [floor[i] for i in e.ill_conditioned if i < len(floor)]
+        kinks = [error for sample, error in zip(e.samples, floor, strict=True) if sample in e.ill_conditioned]
         axes.plot(kinks, [row] * len(kinks), "o", mfc="none", color="C3", label="ill-conditioned" if not row else None)
     axes.set_yticks(range(len(shown)), [f"{e.backend}, {e.dtype}" for e in reversed(shown)])
     axes.set(xscale="log", xlabel="error of a sample's gradient, relative to its norm (circled: ill-conditioned)")

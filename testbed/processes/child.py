@@ -74,7 +74,7 @@ def on_device(isolation: Isolation, device: torch.device) -> Isolation:
         return isolation
     free = psutil.virtual_memory().available
     with suppress(OSError, ValueError):  # "max" is no number
-        free = min(free, int(CGROUP.read_text()))
+        free = min(free, int(CGROUP.read_text()) - int(CGROUP.with_name("memory.current").read_text()))
     return replace(isolation, memory_gb=round(FREE * free / BYTES, 1))
 
 

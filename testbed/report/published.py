@@ -33,7 +33,8 @@ def _figures(found: Published, records: Sequence[Record]) -> str:
 
 def _same(found: Published, records: Sequence[Record]) -> Iterator[Record]:
     """Yield the records of the same backend and quantity; where no backend is named, of the cheapest right one."""
-    quantity = [r for r in records if r.status == "ok" and found.quantity in (r.quantity, r.quantity.partition("(")[0])]
+    mine = [r for r in records if r.status == "ok"]
+    quantity = [r for r in mine if found.quantity in (None, r.quantity, r.quantity.partition("(")[0])]
     if found.backend:
         yield from (r for r in quantity if found.backend in (r.label, r.backend))
         return
