@@ -30,6 +30,24 @@ class _Lossy(io.TextIOWrapper):
                 raise  # as in `… 2>&1 | head`: whoever reads has enough
 
 
+def open_closed() -> None:
+    """Open what a shell has closed of stdin, stdout and stderr (`>&-`): what is read is empty, what is written is lost.
+
+    Their numbers would go to the next files that are opened, and a child process would take one of those for its input.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the least number that is free: this one
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  as long as the process lives
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
 def drop_what_stderr_cannot_take() -> None:
     """Let no run fail because stderr cannot be written; another stream that stands in for it is left alone."""
     theirs = sys.stderr

@@ -131,6 +131,15 @@ class TestProcess:
         assert code == 0
         assert out.endswith(f"report in {small.parent}/run/report.html\n")
 
+    @pytest.mark.parametrize("streams", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+    def test_stream_that_is_closed_changes_no_run(self, small: Path, streams: str) -> None:
+        folder = small.parent / "run"
+        code, out, err = end(start_in_a_shell(streams, small, "--out", folder))
+        assert code == 0
+        assert [r.status for r in read_records(folder / "results.jsonl")] == ["ok", "ok"]
+        assert out.endswith(f"report in {folder}/report.html\n") == (">&-" not in streams.split())
+        assert ("grads: timing" in err) == ("2>&-" not in streams)
+
     @linux
     @pytest.mark.parametrize("arguments", [["x.yaml"], ["list", "--nothing"], ["list", "backend"]])
     def test_user_error_that_cannot_be_written_is_one_all_the_same(self, arguments: list[str]) -> None:
