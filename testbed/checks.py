@@ -3,17 +3,19 @@
 A loss a sample, nothing that couples samples, nothing random: otherwise the *problem* is refused, naming the module.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from backends.base import Unsupported, describe, first_line, own_copy
-from backends.batch import Batch, call, take
+from backends.base import LossFn, Unsupported, describe, first_line, own_copy
+from backends.batch import Batch, call, size, take
 from backends.given import refuse_past_the_copy
 from backends.probe import spread
 from backends.running import batch_gradient, culprit, kept_buffers, kept_random_state, seeded
-from testbed.problems.base import Problem
+from testbed.problems.base import Problem, a_thing
 from testbed.samples import narrow
 
 FEW = 4  # samples whose gradients are added up
@@ -116,11 +118,29 @@ def _refuse_coupled(wide: Problem, model: nn.Module, losses: Tensor, outputs: "O
 def _losses(wide: Problem, model: nn.Module, inputs: Batch, targets: Tensor, seed: int = 0) -> Tensor:
     # gradients are on as in a backend's call: the model's forward pass may differentiate
     with seeded(model, seed), torch.enable_grad(), kept_buffers(model):
-        try:
-            return wide.loss_fn(call(model, inputs), targets).detach()
-        except Exception as error:
-            what = f"{culprit(error, model)}: {type(error).__name__}: {first_line(error)}"
-            raise Unsupported(f"model, loss and batch do not fit together: {what}") from error
+        with _blaming(lambda error: culprit(error, model)):
+            outputs = call(model, inputs)
+        with _blaming(lambda _: f"the loss {_name(wide.loss_fn)}"):
+            losses: object = wide.loss_fn(outputs, targets)
+    if not isinstance(losses, Tensor):
+        raise Unsupported(f"the loss {_name(wide.loss_fn)} returned {a_thing(losses)}, not a tensor [{size(inputs)}]")
+    return losses.detach()
+
+
+@contextmanager
+def _blaming(who: Callable[[Exception], str]) -> Iterator[None]:
+    """Turn an error into a refusal that says who raised it."""
+    try:
+        yield
+    except Exception as error:
+        what = f"{who(error)}: {type(error).__name__}: {first_line(error)}"
+        raise Unsupported(f"model, loss and batch do not fit together: {what}") from error
+
+
+def _name(loss_fn: LossFn) -> str:
+    """Return a loss' name as its author wrote it."""
+    function = loss_fn.func if isinstance(loss_fn, partial) else loss_fn
+    return f"`{getattr(function, '__name__', type(function).__name__)}`"
 
 
 def _differs(a: Tensor, b: Tensor) -> bool:

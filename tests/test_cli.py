@@ -30,6 +30,7 @@ class Mine(Backend):
     def grads(self, model, loss_fn):
         ...
 """
+MODEL = "from testbed import register_model\n\n@register_model{}\ndef mm({}):\n    ...\n"
 FILLED = "return lambda x, y: {k: p.new_full((len(x), *p.shape), %s) for k, p in trainable(model).items()}"
 ENDS = {
     "unsupported": ("raise Unsupported('not this')", 0),
@@ -59,6 +60,19 @@ BAD_PLUGINS = {
     "no backend": (
         "from backends.base import register\n\n@register('x')\nclass X: ...\n",
         "3: TypeError: backend 'x' must be a class derived from Backend",
+    ),
+    "option without a type": (
+        MODEL.format("('mm')", "example, *, width=3"),
+        "3: option 'width' of model 'mm' needs a type",
+    ),
+    "option that is not keyword-only": (
+        MODEL.format("('mm')", "example, width"),
+        "3: 'width' of model 'mm': options are keyword-only; write (example, *, width: TYPE)",
+    ),
+    "model that takes nothing": (MODEL.format("('mm')", ""), "3: model 'mm' is given (example), found mm()"),
+    "model without a name": (
+        MODEL.format("", "example"),
+        '3: @register_model needs a name in brackets: @register_model("mm")',
     ),
     "binary": ("\0", " SyntaxError: source code "),
 }  # the text, and where and what the error is

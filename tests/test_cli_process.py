@@ -32,6 +32,8 @@ class Finder:
 
 sys.meta_path.insert(0, Finder)
 """  # somebody presses Ctrl-C in that moment
+FOREVER = "timing={rounds: 1000000, max_s: 60}"
+linux = pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is Linux'")
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in OF_THE_CALLER}
 
 
@@ -40,6 +42,13 @@ def start(*arguments: object, **options: Any) -> Any:
     settings: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": ENVIRONMENT, **options}
     command = [sys.executable, "-m", "testbed", *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, text=True, **settings)
+
+
+def start_in_a_shell(streams: str, *arguments: object) -> Any:
+    """Start the command line by a shell that does something to its standard streams."""
+    command = ["sh", "-c", f'exec "$@" {streams}', "sh", sys.executable, "-m", "testbed", *map(str, arguments)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=pipe, stderr=pipe, env=ENVIRONMENT)
 
 
 def end(process: Any) -> Ended:
@@ -116,6 +125,32 @@ class TestProcess:
             assert process.wait(timeout=60) == 130
             assert process.stderr.read() == ""
 
+    @linux
+    def test_progress_that_cannot_be_written_is_dropped(self, small: Path) -> None:
+        code, out, _ = end(start_in_a_shell("2>/dev/full", small, "--out", small.parent / "run"))
+        assert code == 0
+        assert out.endswith(f"report in {small.parent}/run/report.html\n")
+
+    @pytest.mark.parametrize("streams", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+    def test_stream_that_is_closed_changes_no_run(self, small: Path, streams: str) -> None:
+        folder = small.parent / "run"
+        code, out, err = end(start_in_a_shell(streams, small, "--out", folder))
+        assert code == 0
+        assert [r.status for r in read_records(folder / "results.jsonl")] == ["ok", "ok"]
+        assert out.endswith(f"report in {folder}/report.html\n") == (">&-" not in streams.split())
+        assert ("grads: timing" in err) == ("2>&-" not in streams)
+
+    @linux
+    @pytest.mark.parametrize("arguments", [["x.yaml"], ["list", "--nothing"], ["list", "backend"]])
+    def test_user_error_that_cannot_be_written_is_one_all_the_same(self, arguments: list[str]) -> None:
+        assert end(start_in_a_shell("2>/dev/full", *arguments)).code == 2
+
+    def test_reader_that_has_enough_of_both_streams_ends_a_run(self, small: Path) -> None:
+        with start_in_a_shell("2>&1", small, "--out", small.parent / "run", "--set", FOREVER) as process:
+            process.stdout.readline()
+            process.stdout.close()
+            assert process.wait(timeout=60) == 130
+
     def test_terminal_has_a_bar_and_no_colour_where_none_is_wanted(self, small: Path) -> None:
         terminal, inside = pty.openpty()
         environment = {**ENVIRONMENT, "TERM": "xterm-256color", "NO_COLOR": "1"}
@@ -129,7 +164,7 @@ class TestProcess:
 
     def test_interrupt_keeps_what_was_measured(self, small: Path) -> None:
         folder = small.parent / "run"
-        with start(small, "--out", folder, "--set", "timing={rounds: 1000000, max_s: 60}") as process:
+        with start(small, "--out", folder, "--set", FOREVER) as process:
             wait_for(process, "grads: timing")
             process.send_signal(signal.SIGINT)
             since = time.monotonic()

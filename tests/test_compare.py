@@ -33,10 +33,10 @@ class Averaged(torch.autograd.Function):
         return g / len(g)
 
 
-def compare(model: nn.Module | None = None, **options: Any) -> testbed.Report:
+def compare(model: nn.Module | None = None, loss_fn: Any = cross_entropy, **options: Any) -> testbed.Report:
     torch.manual_seed(0)
     inputs, targets = torch.randn(6, 5), torch.randint(2, (6,))
-    return testbed.compare(model or mlp(), cross_entropy, inputs, targets, rounds=2, max_s=1, **options)
+    return testbed.compare(model or mlp(), loss_fn, inputs, targets, rounds=2, max_s=1, **options)
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +110,22 @@ def test_what_was_chosen_by_measuring_is_in_the_record() -> None:
     assert "choices" not in naive.phases
     assert bookkeeping.phases["choices"]["passes of Sequential"] == "over the batch"
     assert "weight 2×1×3, input 1×1×5, dilation 2, float32, cpu, 4 samples or more" in bookkeeping.phases["choices"]
+
+
+def careless(outputs: object, targets: object) -> Any:
+    raise IndexError("no such class")
+
+
+@pytest.mark.parametrize(
+    ("loss", "reason"),
+    [
+        (careless, "model, loss and batch do not fit together: the loss `careless`: IndexError: no such class"),
+        (lambda outputs, targets: 3.0, "the loss `<lambda>` returned a float, not a tensor [6]"),
+    ],
+)
+def test_a_loss_that_fails_is_not_blamed_on_the_model(loss: Any, reason: str) -> None:
+    records = compare(nn.Linear(5, 2), loss).records
+    assert {r.reason for r in records} == {f"the problem: {reason}"}
 
 
 @pytest.mark.parametrize(

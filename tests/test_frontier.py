@@ -243,6 +243,34 @@ def test_ctrl_c_prints_what_was_found(tmp_path: Path, words: str) -> None:
     assert gone(left)
 
 
+STOPPED_IN_A_START = """
+import multiprocessing, os, signal
+from multiprocessing.context import ForkServerProcess
+
+started, start = [], ForkServerProcess._Popen
+
+def stopped(process):
+    started.append(process)
+    if len(started) == WHICH:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return start(process)
+
+if multiprocessing.parent_process() is None:
+    ForkServerProcess._Popen = staticmethod(stopped)
+"""
+
+
+@linux
+@pytest.mark.parametrize("which", [2, 4])  # the first waits for PyTorch, the second checks the problem
+def test_a_signal_in_the_middle_of_a_start_prints_what_was_found(tmp_path: Path, which: int) -> None:
+    (tmp_path / "stop.py").write_text(STOPPED_IN_A_START.replace("WHICH", str(which)), encoding="utf-8")
+    with begin(tmp_path, "--plugin", tmp_path / "stop.py", "--device", "cpu", "--start", 2) as process:
+        out, err = process.communicate(timeout=LONG)
+    assert (process.returncode, "Traceback" in err) == (130, False)
+    assert f"interrupted; what was found is in {tmp_path / 'run'}\n" in out
+    assert any(line.startswith("ordinary step") and "interrupted" in line for line in out.splitlines())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from backends.batch import call
-from testbed.problems import DATA, LOSSES, MODELS, Problem, ProblemError, make_problem
+from testbed.problems import DATA, LOSSES, MODELS, Problem, ProblemError, make_problem, register_model
 
 OFFLINE = ("mnist", "fashion_mnist", "cifar10")
 
@@ -119,6 +119,13 @@ def test_torchvisions_classifier_keeps_its_shape_at_full_width(model: str) -> No
     narrow = fitting(model).model
     shapes, found = ([tuple(p.shape) for p in m.parameters()] for m in (expected, narrow))
     assert found == [tuple(8 if n == 4096 else n for n in shape) for shape in shapes]
+
+
+@pytest.mark.parametrize(("found", "said"), [(3, "an int"), (None, "nothing"), (torch.ones(1), "a Tensor")])
+def test_a_model_that_is_none_is_refused(found: Any, said: str) -> None:
+    register_model("no_model")(lambda example: found)
+    with pytest.raises(ProblemError, match=f"^model 'no_model' returned {said}, not a torch.nn.Module$"):
+        small("no_model")
 
 
 def test_a_token_loss_is_the_mean_over_a_samples_own_tokens() -> None:

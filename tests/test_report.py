@@ -1,5 +1,6 @@
 """Reports: one table a problem and quantity, what is the same said once, prices in words, and who wins where."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +42,12 @@ def test_what_disturbed_the_rounds_is_said_once() -> None:
     busy = {**ENVIRONMENT, "disturbances": ["other programs used 0.9 of 2 cores"]}
     records = [replace(record(b, 2.0), environment=busy) for b in ("naive", "vmap")]
     assert str(Report(records)).count("• While the rounds ran: other programs used 0.9 of 2 cores.") == 1
+
+
+def test_the_floor_is_said_as_a_share_and_not_as_its_logarithm() -> None:
+    made = record("naive", 5)
+    doubled = replace(made, timing={**made.timing, "floor": math.log(2)})
+    assert "naive against itself was off by up to 100.0 %: smaller differences are not called." in text(doubled)
 
 
 def on_gpu(backend: str, price: float, host: float, **options: Any) -> Record:

@@ -1,7 +1,6 @@
 """`python -m testbed compare`: what became better or worse between two runs."""
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -99,7 +98,7 @@ def _conclusions(old: Run, new: Run, changes: Sequence[Change], moved: Sequence[
     found = [", ".join(f"{n} {v}" for n, v in counts if n) + "."]
     floors = [max(map(floor, run.records), default=0.0) for run in (old, new)]
     if all(floors):
-        noise = [f"{100 * math.expm1(f):.1f} %" for f in floors]
+        noise = [units.noise(f) for f in floors]
         found.append(f"Noise: the baseline against itself was off by up to {noise[0]} (old) and {noise[1]} (new).")
     else:
         found.append("A run has no A/A floor (no baseline was timed): its noise is known from the intervals only.")

@@ -8,6 +8,7 @@ from pathlib import Path
 from backends import load_plugin
 from backends.base import first_line
 from testbed.config.yaml_source import ConfigError
+from testbed.problems.factories import CannotRegister
 
 
 def add_plugin(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +34,8 @@ def load_plugins(files: Sequence[str]) -> None:
         except (Exception, SystemExit) as error:
             line = _line_in(file, error)
             place = f"{file}:{line}" if line else file
-            raise ConfigError(f"{place}: {type(error).__name__}: {first_line(error)}") from None
+            kind = "" if isinstance(error, CannotRegister) else f"{type(error).__name__}: "
+            raise ConfigError(f"{place}: {kind}{first_line(error)}") from None
 
 
 def _line_in(file: str, error: BaseException) -> int | None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from backends.base import LossFn, first_line, full_copy
 from backends.batch import Batch, apply, call, cast, size
-from backends.registry import Registry
+from testbed.problems.factories import Factories
 
 Positive = Annotated[int, Field(gt=0)]
 """An option that is a positive whole number."""
@@ -44,9 +44,9 @@ ModelFactory: TypeAlias = Callable[..., nn.Module]
 DataFactory: TypeAlias = Callable[..., Samples]
 """(n: int, *, options) -> n samples, drawn with torch's global generator, which is seeded."""
 
-MODELS: Registry[ModelFactory] = Registry("model")
-DATA: Registry[DataFactory] = Registry("data")
-LOSSES: Registry[Callable[..., Tensor]] = Registry("loss")
+MODELS: Factories[ModelFactory] = Factories("model", "example")
+DATA: Factories[DataFactory] = Factories("data", "n")
+LOSSES: Factories[Callable[..., Tensor]] = Factories("loss", "outputs", "targets")
 
 register_model = MODELS.register
 register_data = DATA.register
@@ -161,12 +161,20 @@ def make_problem(
         torch.default_generator.manual_seed(seed)
         batch = draw()
         with _blaming(f"model '{model}' cannot be made", chosen[1]):
-            network = MODELS[model](batch, **chosen[1])
+            network: object = MODELS[model](batch, **chosen[1])
+        if not isinstance(network, nn.Module):
+            raise ProblemError(f"model '{model}' returned {a_thing(network)}, not a torch.nn.Module")
         fresh = draw()
         with _blaming(f"model '{model}' cannot be trained on '{data}' with loss '{loss}'", {}):
             _train(network, loss_fn, draw, train_steps)
     problem = Problem(network, loss_fn, batch.inputs, batch.targets, fresh.inputs, fresh.targets)
     return put(problem if dtype == torch.float32 else problem.to(dtype), torch.device(device))
+
+
+def a_thing(found: object) -> str:
+    """Return what a function returned by mistake, in words: "an int"."""
+    kind = type(found).__name__
+    return "nothing" if found is None else f"a{'n' if kind[0].lower() in 'aeiou' else ''} {kind}"
 
 
 @contextmanager

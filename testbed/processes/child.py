@@ -116,7 +116,8 @@ class Child:
             with held_back():  # until it is in a group of its own, it would die of a Ctrl-C with many words
                 self._process.start()
         except KeyboardInterrupt:
-            self._process.kill()  # nobody has it yet who would
+            if self._process.pid is not None:  # it has begun
+                self._process.kill()  # nobody has it yet who would
             raise
         theirs.close()
         writer.close()

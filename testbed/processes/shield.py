@@ -44,11 +44,12 @@ def held_back() -> Iterator[None]:
         KeyboardInterrupt: At the end, where there was one.
     """
     _start_tracker()  # when multiprocessing starts it, it lets signals through
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with shielded():  # other signals, and a Ctrl-C that another thread is given, come here in the middle of a start
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_tracker() -> None:

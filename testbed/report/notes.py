@@ -174,7 +174,7 @@ def _noise(records: Sequence[Record]) -> str:
     base = timed.timing.get("baseline", "The baseline")
     return (
         f"{timed.timing.get('rounds', '?')} rounds ({why}). {base} against itself was off by up to "
-        f"{100 * timed.timing['floor']:.1f} %: smaller differences are not called."
+        f"{units.noise(timed.timing['floor'])}: smaller differences are not called."
     )
 
 

@@ -1,5 +1,7 @@
 """Numbers as people read them."""
 
+import math
+
 
 def seconds(value: float | None) -> str:
     """Return a time with three digits and its unit: 343 ms."""
@@ -38,6 +40,11 @@ def interval(pair: list[float] | None) -> str:
 def spread(median: float, low: float, high: float) -> str:
     """Return half the distance between p5 and p95, in percent of the median."""
     return f"±{50 * (high - low) / median:.0f} %"
+
+
+def noise(floor: float) -> str:
+    """Return an A/A floor, which records hold as |log| of a ratio, as the part by which that ratio is off from 1."""
+    return f"{100 * math.expm1(floor):.1f} %"
 
 
 def _digits(value: float) -> str:
