@@ -117,6 +117,10 @@ KINDS = {"backends": available(), "models": MODELS, "data": DATA, "losses": LOSS
 
 
 class TestList:
+    @pytest.fixture(autouse=True)
+    def _no_terminal(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("COLUMNS", raising=False)
+
     @pytest.mark.parametrize("kind", KINDS)
     def test_kind_lists_its_names(self, call: Any, kind: str) -> None:
         code, out, _ = call("list", kind)
@@ -128,6 +132,14 @@ class TestList:
     def test_names_come_with_a_line_and_their_options(self, call: Any) -> None:
         out = call("list", "backends").out
         assert re.search(r"^  vmap +`vmap\(grad\(loss\)\)` over the batch. \(options: randomness\)$", out, re.M)
+
+    @pytest.mark.parametrize("columns", [40, 60, 80])
+    def test_fits_the_terminal(self, call: Any, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        plain = call("list", "models").out
+        monkeypatch.setenv("COLUMNS", str(columns))
+        wrapped = call("list", "models").out
+        assert max(map(len, wrapped.splitlines())) <= columns < max(map(len, plain.splitlines()))
+        assert wrapped.split() == plain.split()
 
     def test_experiments(self, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(ROOT)
