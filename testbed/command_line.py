@@ -49,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subcommand = bool(arguments) and arguments[0] in COMMANDS
     command = importlib.import_module(f"testbed.commands.{arguments[0] if subcommand else 'run'}")
     try:
+        _refuse_what_no_record_can_hold(arguments)
         if not subcommand:
             _refuse_misspelt(arguments[:1])
         with stoppable():
@@ -73,6 +74,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             traceback.print_exc()
         return EXIT_FAILED
+
+
+def _refuse_what_no_record_can_hold(arguments: Sequence[str]) -> None:
+    """Refuse a name with a byte that is not UTF-8, as files may have; records are UTF-8, and keep it."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            shown = argument.encode(errors="surrogateescape").decode(errors="backslashreplace")
+            raise ConfigError(
+                f"{shown}: has a byte that is not UTF-8; records hold names in UTF-8, rename it"
+            ) from None
 
 
 def _refuse_misspelt(first: Sequence[str]) -> None:
