@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from backends.registry import did_you_mean
-from testbed.config.yaml_source import ConfigError
+from testbed.config.yaml_source import ConfigError, experiments
 from testbed.problems import ProblemError
 from testbed.processes.shield import stoppable
 from testbed.records import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, CannotWrite
@@ -89,8 +89,11 @@ def _refuse_what_no_record_can_hold(arguments: Sequence[str]) -> None:
 
 
 def _refuse_misspelt(first: Sequence[str]) -> None:
-    """Refuse a word that is almost a subcommand; it would be taken for an experiment's file."""
+    """Refuse a word that is an experiment's name or almost a subcommand; it would be taken for an experiment's file."""
     for word in first:
+        there = [] if Path(word).suffix or Path(word).exists() else experiments(word)
+        if there:
+            raise ConfigError(f"{word}: no such file or command; did you mean {' or '.join(map(str, there))}?")
         meant = did_you_mean(word, COMMANDS)
         if meant and not Path(word).suffix and not Path(word).exists():
             raise ConfigError(

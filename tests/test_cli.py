@@ -218,6 +218,19 @@ class TestUserErrors:
     def test_file_that_is_not_there(self, call: Any, small: Path) -> None:
         assert message(call("smal.yaml")) == "smal.yaml: no such file; there are small.yaml"
 
+    def test_file_that_is_not_there_among_many(self, call: Any, small: Path) -> None:
+        for i in range(8):
+            (small.parent / f"a{i}.yaml").touch()
+        few = ", ".join(f"a{i}.yaml" for i in range(5))
+        assert message(call("nothere.yaml")) == f"nothere.yaml: no such file; there are {few}, … (9 in all)"
+        assert message(call("smal.yaml")) == "smal.yaml: no such file; there are small.yaml"
+
+    def test_experiment_named_without_its_folder(self, call: Any, small: Path) -> None:
+        (small.parent / "experiments").mkdir()
+        (small.parent / "experiments" / "lists.yaml").touch()
+        found = message(call("lists"))
+        assert found == "lists: no such file or command; did you mean experiments/lists.yaml?"
+
     @pytest.mark.parametrize(("word", "meant"), [("lsit", "list"), ("doctr", "doctor")])
     def test_misspelt_command(self, call: Any, word: str, meant: str) -> None:
         said = message(call(word))

@@ -94,7 +94,8 @@ def _print_grid(changes: Sequence[Change], console: Console) -> None:
 def _conclusions(old: Run, new: Run, changes: Sequence[Change], moved: Sequence[Change]) -> list[str]:
     """Return what the table means, in words."""
     counts = [(sum(c.verdict == v for c in changes), v) for v in VERDICTS]
-    found = [", ".join(f"{n} {v}" for n, v in counts if n) + "."]
+    beside = " The ordinary step is not counted." if moved else ""
+    found = [", ".join(f"{n} {v}" for n, v in counts if n) + f".{beside}"]
     floors = [max(map(floor, run.records), default=0.0) for run in (old, new)]
     if all(floors):
         noise = [units.noise(f) for f in floors]
