@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from backends.registry import did_you_mean
-from testbed.config.yaml_source import ConfigError
+from testbed.config.yaml_source import ConfigError, experiments
 from testbed.problems import ProblemError
 from testbed.processes.shield import stoppable
 from testbed.records import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, CannotWrite
@@ -49,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subcommand = bool(arguments) and arguments[0] in COMMANDS
     command = importlib.import_module(f"testbed.commands.{arguments[0] if subcommand else 'run'}")
     try:
+        _refuse_what_no_record_can_hold(arguments)
         if not subcommand:
             _refuse_misspelt(arguments[:1])
         with stoppable():
@@ -75,9 +76,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
 
 
+def _refuse_what_no_record_can_hold(arguments: Sequence[str]) -> None:
+    """Refuse a name with a byte that is not UTF-8, as files may have; records are UTF-8, and keep it."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            shown = argument.encode(errors="surrogateescape").decode(errors="backslashreplace")
+            raise ConfigError(
+                f"{shown}: has a byte that is not UTF-8; records hold names in UTF-8, rename it"
+            ) from None
+
+
 def _refuse_misspelt(first: Sequence[str]) -> None:
-    """Refuse a word that is almost a subcommand; it would be taken for an experiment's file."""
+    """Refuse a word that is an experiment's name or almost a subcommand; it would be taken for an experiment's file."""
     for word in first:
+        there = [] if Path(word).suffix or Path(word).exists() else experiments(word)
+        if there:
+            raise ConfigError(f"{word}: no such file or command; did you mean {' or '.join(map(str, there))}?")
         meant = did_you_mean(word, COMMANDS)
         if meant and not Path(word).suffix and not Path(word).exists():
             raise ConfigError(

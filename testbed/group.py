@@ -52,6 +52,7 @@ class Group:
         self.stopped_by = ""
         self.disturbances: list[str] = []
         self.lost: set[str] = set()  # names beside the cells that can be timed no more
+        self.losses: list[str] = []  # the same with the reasons
         self.quantity, self.quantity_options = cells[0].quantity, cells[0].quantity_options
         wanted = settings.baseline or reference()
         baseline = next((cell for cell in cells if cell.backend == wanted), None)
@@ -114,9 +115,9 @@ class Group:
             names.append(AGAIN)
             try:
                 hosts[AGAIN].again(self.running[self.baseline], AGAIN)
-            except Failed:
+            except Failed as failed:
                 hosts.discard(AGAIN)
-                self.lost.add(AGAIN)
+                self.lose(AGAIN, failed)
         for name in names:
             for _ in range(self.settings.warmup):
                 self.time_once(hosts, name)
@@ -135,7 +136,13 @@ class Group:
                 self.stopped_by = "precision"
                 break
         self.stopped_by = self.stopped_by or ("rounds" if count == self.settings.rounds else "max_s")
-        self.disturbances = watch.sentences()
+        self.disturbances = [*watch.sentences(), *self.losses]
+
+    def lose(self, name: str, failed: Failed) -> None:
+        """Write down that what is timed beside the cells can be timed no more."""
+        self.lost.add(name)
+        what = f"the second {self.baseline}, which shows the noise," if name == AGAIN else f"the {name}"
+        self.losses.append(f"{what} could be timed no more: {failed.status}: {failed.reason}")
 
     def is_precise(self) -> bool:
         """Return whether the ratios are known well enough for no more rounds to be needed."""
@@ -155,7 +162,7 @@ class Group:
         except Failed as failed:
             hosts.discard(label)
             if beside:
-                self.lost.add(name)
+                self.lose(name, failed)
             else:
                 self.fail(label, failed)
                 self.end(label)

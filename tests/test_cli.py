@@ -117,6 +117,10 @@ KINDS = {"backends": available(), "models": MODELS, "data": DATA, "losses": LOSS
 
 
 class TestList:
+    @pytest.fixture(autouse=True)
+    def _no_terminal(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("COLUMNS", raising=False)
+
     @pytest.mark.parametrize("kind", KINDS)
     def test_kind_lists_its_names(self, call: Any, kind: str) -> None:
         code, out, _ = call("list", kind)
@@ -128,6 +132,14 @@ class TestList:
     def test_names_come_with_a_line_and_their_options(self, call: Any) -> None:
         out = call("list", "backends").out
         assert re.search(r"^  vmap +`vmap\(grad\(loss\)\)` over the batch. \(options: randomness\)$", out, re.M)
+
+    @pytest.mark.parametrize("columns", [40, 60, 80])
+    def test_fits_the_terminal(self, call: Any, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        plain = call("list", "models").out
+        monkeypatch.setenv("COLUMNS", str(columns))
+        wrapped = call("list", "models").out
+        assert max(map(len, wrapped.splitlines())) <= columns < max(map(len, plain.splitlines()))
+        assert wrapped.split() == plain.split()
 
     def test_experiments(self, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(ROOT)
@@ -205,6 +217,19 @@ class TestUserErrors:
 
     def test_file_that_is_not_there(self, call: Any, small: Path) -> None:
         assert message(call("smal.yaml")) == "smal.yaml: no such file; there are small.yaml"
+
+    def test_file_that_is_not_there_among_many(self, call: Any, small: Path) -> None:
+        for i in range(8):
+            (small.parent / f"a{i}.yaml").touch()
+        few = ", ".join(f"a{i}.yaml" for i in range(5))
+        assert message(call("nothere.yaml")) == f"nothere.yaml: no such file; there are {few}, … (9 in all)"
+        assert message(call("smal.yaml")) == "smal.yaml: no such file; there are small.yaml"
+
+    def test_experiment_named_without_its_folder(self, call: Any, small: Path) -> None:
+        (small.parent / "experiments").mkdir()
+        (small.parent / "experiments" / "lists.yaml").touch()
+        found = message(call("lists"))
+        assert found == "lists: no such file or command; did you mean experiments/lists.yaml?"
 
     @pytest.mark.parametrize(("word", "meant"), [("lsit", "list"), ("doctr", "doctor")])
     def test_misspelt_command(self, call: Any, word: str, meant: str) -> None:

@@ -114,6 +114,14 @@ class TestProcess:
     def test_user_error(self, tmp_path: Path) -> None:
         assert message(end(start(tmp_path / "x.yaml"))).startswith(f"{tmp_path / 'x.yaml'}: no such file")
 
+    @linux
+    def test_name_that_is_not_utf_8_is_refused_before_anything_is_measured(self, small: Path) -> None:
+        os.rename(small, bytes(small.parent) + b"/na\xefve.yaml")
+        named = os.fsdecode(bytes(small.parent) + b"/na\xefve.yaml")
+        said = message(end(start(named, "--out", small.parent / "run")))
+        assert said.startswith(f"{small.parent}/na\\xefve.yaml: has a byte that is not UTF-8")
+        assert not (small.parent / "run").exists()
+
     def test_interrupt_while_libraries_are_imported(self, tmp_path: Path) -> None:
         (tmp_path / "sitecustomize.py").write_text(INTERRUPTING, encoding="utf-8")
         ended = end(start("list", env={**ENVIRONMENT, "PYTHONPATH": str(tmp_path)}))

@@ -1,6 +1,7 @@
 """`testbed.compare` on a model of the user's own: what it runs, refuses, and leaves as it was."""
 
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from torch import nn
 import testbed
 from backends import available, backend_class, get_backend, load_plugin
 from testbed import group, runner
+from testbed.outcome import Outcome, listening
+from testbed.processes.host import Failed
 from testbed.processes.hosts import InProcess
 from testbed.records import Record
 from tests.cases import Functional, cross_entropy, mlp
@@ -95,6 +98,35 @@ def test_the_baseline_is_timed_again_by_a_host_of_its_own(monkeypatch: pytest.Mo
     (record,) = compare(backends="naive").records
     assert record.timing["floor"] >= 0
     assert asked.count(group.AGAIN) == 1 + 1 + record.timing["rounds"]  # preparing, warming up, rounds
+
+
+def test_a_second_baseline_that_dies_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dying:
+        def again(self, cell: object, name: str) -> None:
+            pass
+
+        def time(self, name: str) -> Any:
+            raise Failed("crash", "killed by SIGKILL", "")
+
+    class Hosts(InProcess):
+        def __getitem__(self, label: str) -> Any:
+            return Dying() if label == group.AGAIN else super().__getitem__(label)
+
+    monkeypatch.setattr(runner, "_hosts", lambda setup, *_: Hosts(setup))
+    report = compare(backends="naive")
+    said = "the second naive, which shows the noise, could be timed no more: crash: killed by SIGKILL"
+    assert said in report.records[0].environment["disturbances"]
+    assert said in " ".join(str(report).split())
+
+
+def test_warnings_that_differ_in_a_number_only_are_one_with_a_count() -> None:
+    outcome = Outcome()
+    for _ in range(2):
+        with listening(outcome):
+            for text in ("process 12 still runs", "process 345 still runs", "another", "process 6 still runs"):
+                warnings.warn(text, ResourceWarning, stacklevel=1)
+    assert len(outcome.warnings) == 2
+    assert re.fullmatch(r"process 12 still runs \(\d such, with other numbers\)", outcome.warnings[0])
 
 
 def test_memory_that_is_kept_for_results_counts() -> None:

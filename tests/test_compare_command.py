@@ -57,6 +57,11 @@ def test_verdict_and_exit_code(what: str, run: Any) -> None:
     assert any(line.startswith("vmap") and verdict in line for line in out.splitlines())
 
 
+def test_the_count_says_which_line_is_not_in_it(run: Any) -> None:
+    _, out, _ = run(BEFORE, BEFORE)
+    assert "• 2 can't tell. The ordinary step is not counted.\n" in out
+
+
 def test_what_is_mended_is_better() -> None:
     (change,) = compare([record(status="error")], [record()])
     assert (change.verdict, change.old, change.new) == ("better", "error", 0.1)

@@ -196,6 +196,11 @@ def test_summary_says_how_the_winner_changes_with_the_batch_size() -> None:
     ]
 
 
+def test_summary_of_what_was_stopped_does_not_say_that_none_is_right() -> None:
+    stopped = [replace(record(b, None, "norms"), status="interrupted") for b in ("naive", "vmap")]
+    assert summary(record("naive", 5), *stopped)[1] == ("norms", "4", "interrupted", "", "")
+
+
 def test_summary_marks_a_lead_that_may_be_noise() -> None:
     assert summary(record("naive", 3), record("vmap", 3.05), record("vmap", 3, "norms"))[0][3] == "≈ vmap 3.05"
     assert "≈: the lead of the cheapest over it may be noise." in text(

@@ -4,9 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from testbed.comparison import VERDICTS, Change, compare, devices, differences, drift, floor
@@ -14,6 +12,7 @@ from testbed.config.yaml_source import ConfigError
 from testbed.records import EXIT_OK, EXIT_REGRESSION
 from testbed.report import units
 from testbed.report.runs import Run, load_run
+from testbed.report.terminal import print_table
 from testbed.timing import Ratio
 
 EPILOG = """examples:
@@ -62,7 +61,7 @@ def _show(old: Run, new: Run, changes: Sequence[Change], console: Console) -> No
         groups.setdefault((change.problem, change.quantity), []).append(change)
     for (problem, quantity), group in groups.items():
         console.print(Text(f"\n{quantity} · {problem}", style="bold"))
-        console.print(_grid(group))
+        _print_grid(group, console)
         for change in group:
             if change.why:
                 console.print(Text(f"• {change.backend}: {change.why}"))
@@ -81,21 +80,22 @@ def _show_differences(old: Run, new: Run, console: Console) -> None:
         console.print(Text(f"  {key}: {before} → {after}"))
 
 
-def _grid(changes: Sequence[Change]) -> Table:
-    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 0), pad_edge=False, show_edge=False)
-    for name in ("backend", "verdict", "old", "new", "new / old", "in steps", "peak"):
-        grid.add_column(name, justify="left" if name in ("backend", "verdict") else "right", overflow="fold")
+def _print_grid(changes: Sequence[Change], console: Console) -> None:
+    rows: list[list[str | Text]] = []
     for c in changes:
         memory = "–" if c.memory is None else units.ratio(c.memory)
         cells = [_value(c.old), _value(c.new), _ratio(c.ratio), _ratio(c.in_steps), memory]
-        grid.add_row(Text(c.backend), Text(c.verdict, style=STYLES.get(c.verdict, "")), *map(Text, cells))
-    return grid
+        rows.append([c.backend, Text(c.verdict, style=STYLES.get(c.verdict, "")), *cells])
+    header = ("backend", "verdict", "old", "new", "new / old", "in steps", "peak")
+    drop = ("peak", "in steps", "old", "new")
+    print_table(console, header, rows, left=header[:2], fold=header[:1], drop=drop)
 
 
 def _conclusions(old: Run, new: Run, changes: Sequence[Change], moved: Sequence[Change]) -> list[str]:
     """Return what the table means, in words."""
     counts = [(sum(c.verdict == v for c in changes), v) for v in VERDICTS]
-    found = [", ".join(f"{n} {v}" for n, v in counts if n) + "."]
+    beside = " The ordinary step is not counted." if moved else ""
+    found = [", ".join(f"{n} {v}" for n, v in counts if n) + f".{beside}"]
     floors = [max(map(floor, run.records), default=0.0) for run in (old, new)]
     if all(floors):
         noise = [units.noise(f) for f in floors]

@@ -8,9 +8,7 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from backends.base import first_line
@@ -26,6 +24,7 @@ from testbed.processes.child import on_device
 from testbed.progress import progress
 from testbed.records import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, RecordFile
 from testbed.report import draw, units
+from testbed.report.terminal import print_table
 from testbed.report.titles import title
 from testbed.run_folder import RunFolder
 
@@ -119,14 +118,12 @@ def _tables(frontiers: Sequence[Frontier]) -> Iterator[tuple[str, list[Frontier]
 
 def _show(frontiers: Sequence[Frontier], console: Console) -> None:
     for heading, rows in _tables(frontiers):
-        grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-        for column in ("backend", "largest N", "stopped by", "best time a sample", "× step's N"):
-            left = column in ("backend", "stopped by")
-            grid.add_column(column, justify="left" if left else "right", overflow="fold", no_wrap=not left)
-        for f in rows:
-            grid.add_row(*map(Text, (f.label, _largest(f), f.end.status, _best(f), _share(f, rows[-1]))))
         console.print(Text(heading, style="bold"))
-        console.print(grid, "")
+        header = ("backend", "largest N", "stopped by", "best time a sample", "× step's N")
+        cells = [(f.label, _largest(f), f.end.status, _best(f), _share(f, rows[-1])) for f in rows]
+        ends, drop = ("backend", "stopped by"), ("× step's N", "best time a sample")
+        print_table(console, header, cells, left=ends, fold=header[:1], words=ends[1:], drop=drop, gap=1)
+        console.print()
         notes: dict[str, list[str]] = {}  # several often end for one reason
         for f in rows:
             if f.end.status not in OBVIOUS:

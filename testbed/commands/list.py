@@ -2,6 +2,10 @@
 
 import argparse
 import inspect
+import os
+import shutil
+import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,8 +34,18 @@ def main(arguments: Sequence[str]) -> int:
         print(kind)
         lines = _experiments() if kind == "experiments" else _entries(registries[kind])
         for name, about in lines:
-            print(f"  {name:<24} {about}")
+            print(_wrapped(f"  {name:<24} ", about))
     return EXIT_OK
+
+
+def _wrapped(name: str, about: str) -> str:
+    """Return an entry in lines that fit the terminal; one line where a program reads it."""
+    if not (sys.stdout.isatty() or os.environ.get("COLUMNS")):
+        return f"{name}{about}"
+    width = shutil.get_terminal_size().columns
+    hanging = " " * (len(name) if len(name) < width // 2 else 6)
+    rules: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(about, width, initial_indent=name, subsequent_indent=hanging, **rules)
 
 
 def _entries(registry: Registry[Any]) -> list[tuple[str, str]]:

@@ -10,9 +10,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from testbed.api import problem_of, set_precision
@@ -24,6 +22,7 @@ from testbed.config.yaml_source import ConfigError
 from testbed.precision import Cancellation, Errors, cancellation, measure
 from testbed.progress import progress
 from testbed.records import EXIT_OK, EXIT_WRONG
+from testbed.report.terminal import print_table
 from testbed.run_folder import RunFolder
 
 FILE = "precision.json"
@@ -75,19 +74,18 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _show(found: Sequence[Errors], lost: Sequence[Cancellation], console: Console) -> None:
-    grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for column in ("dtype", "backend", "median", "95 %", "largest", "ill-conditioned"):
-        grid.add_column(column, justify="left" if column in ("dtype", "backend") else "right")
+    header, rows = ("dtype", "backend", "median", "95 %", "largest", "ill-conditioned"), list[list[str]]()
     for e in found:
         if not e.relative:
-            grid.add_row(e.dtype, e.backend, "–", "–", "–", "refused" if e.agrees else "wrong")
+            rows.append([e.dtype, e.backend, "–", "–", "–", "refused" if e.agrees else "wrong"])
             continue
         ordered = sorted(e.relative)
         p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
         ill = ", ".join(map(str, e.ill_conditioned[:4])) + (", …" if len(e.ill_conditioned) > 4 else "")
-        grid.add_row(e.dtype, e.backend, *(f"{x:.1e}" for x in (median(ordered), p95, ordered[-1])), ill or "none")
+        rows.append([e.dtype, e.backend, *(f"{x:.1e}" for x in (median(ordered), p95, ordered[-1])), ill or "none"])
     console.print("Error of a sample's gradient, relative to its norm, over the samples of the batch:")
-    console.print(grid)
+    drop = ("95 %", "median", "ill-conditioned")
+    print_table(console, header, rows, left=header[:2], fold=header[1:2], words=header[-1:], drop=drop, gap=1)
     for e in found:
         if e.reason:
             does = "disagrees" if not e.agrees else "refuses"

@@ -4,6 +4,7 @@ PyYAML parses; what is made of it is decided here: YAML 1.2 scalars (`1e-5` is a
 no tags, no duplicate keys, no second document, and no more nodes than a person would write.
 """
 
+import difflib
 import math
 import re
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ KeyPath: TypeAlias = tuple[str | int, ...]
 
 MAX_BYTES = 100_000  # a thousand times an experiment; parsing more than that takes longer than a user waits
 MAX_NODES = 10_000  # after aliases are expanded: a few nested anchors can stand for billions
+SHOWN = 5  # files, of all that are there instead of one that is not
 MAX_DEPTH = 50  # likewise; Python's own limit of recursion is not far above
 
 _WORDS: dict[str, Any] = {"": None, "~": None}  # and `null`, `true`, `false` as YAML 1.2 spells them
@@ -185,8 +187,7 @@ def read(file: str | Path) -> Source:
             raise ConfigError(f"{file}: larger than {MAX_BYTES} bytes, expected an experiment in YAML")
         text = content.decode()
     except FileNotFoundError:
-        near = sorted(map(str, path.parent.glob("*.yaml"))) or sorted(map(str, Path("experiments").glob("*.yaml")))
-        raise ConfigError(f"{file}: no such file{'; there are ' + ', '.join(near) if near else ''}") from None
+        raise ConfigError(f"{file}: no such file{_instead(path)}") from None
     except IsADirectoryError:
         raise ConfigError(f"{file}: is a directory, expected a YAML file") from None
     except OSError as error:
@@ -194,6 +195,21 @@ def read(file: str | Path) -> Source:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: not a text file (byte {error.start} is not UTF-8), expected YAML") from None
     return Source(text, str(file))
+
+
+def experiments(name: str) -> list[Path]:
+    """Return the experiments of this name, here and in the folder `experiments`; results are none."""
+    found = [Path(f"{name}.yaml"), *sorted(Path("experiments").glob("**/*.yaml"))]
+    return [file for file in found if file.stem == name and "results" not in file.parts and file.is_file()]
+
+
+def _instead(path: Path) -> str:
+    """Return what there is instead of a file: those of almost its name, else the first few."""
+    there = sorted(path.parent.glob("*.yaml")) or sorted(Path("experiments").glob("*.yaml"))
+    names = difflib.get_close_matches(path.stem, [file.stem for file in there], n=SHOWN)
+    near = [str(file) for file in there if file.stem in names] or [str(file) for file in there]
+    more = f", … ({len(near)} in all)" if len(near) > SHOWN else ""
+    return f"; there are {', '.join(near[:SHOWN])}{more}" if near else ""
 
 
 def write(data: Any, *, inline: bool = False) -> str:  # noqa: ANN401  YAML data

@@ -23,17 +23,24 @@ class Win:
         n: The batch size N.
         ranking: The prices of all right backends, the cheapest first; empty where none is right.
         baseline: The label of the backend that others are compared with.
+        stopped: Whether some backend was stopped before its result was known.
     """
 
     quantity: str
     n: int
     ranking: tuple[Price, ...]
     baseline: str
+    stopped: bool = False
 
     @property
     def winner(self) -> str:
-        """The label of the cheapest right backend."""
+        """The label of the cheapest right backend; empty where there is none."""
         return self.ranking[0].backend if self.ranking else ""
+
+    @property
+    def outcome(self) -> str:
+        """The cheapest right backend, or why there is none."""
+        return self.winner or ("interrupted" if self.stopped else "none right")
 
 
 def wins(records: Sequence[Record], baseline: str) -> list[Win]:
@@ -43,14 +50,15 @@ def wins(records: Sequence[Record], baseline: str) -> list[Win]:
         groups.setdefault((r.quantity, r.problem.get("batch_size", 0)), []).append(r)
     order = {quantity: i for i, (quantity, _) in reversed(list(enumerate(groups)))}
     keys = sorted(groups, key=lambda key: (order[key[0]], key[1]))
-    return [Win(q, n, tuple(prices(groups[q, n])), baseline) for q, n in keys]
+    stopped = {key: any(r.status == "interrupted" for r in mine) for key, mine in groups.items()}
+    return [Win(q, n, tuple(prices(groups[q, n])), baseline, stopped[q, n]) for q, n in keys]
 
 
 def rows(found: Sequence[Win]) -> Iterator[tuple[str, ...]]:
     """Yield a row for each stretch of batch sizes with one winner; the quantity is named once."""
     for quantity, mine in groupby(found, key=lambda win: win.quantity):
-        for i, (winner, stretch) in enumerate(groupby(mine, key=lambda win: win.winner)):
-            yield (quantity if i == 0 else "", *_row(winner, list(stretch)))
+        for i, (outcome, stretch) in enumerate(groupby(mine, key=lambda win: win.outcome)):
+            yield (quantity if i == 0 else "", *_row(outcome, list(stretch)))
 
 
 def notes(found: Sequence[tuple[str, ...]]) -> Iterator[str]:
@@ -61,10 +69,10 @@ def notes(found: Sequence[tuple[str, ...]]) -> Iterator[str]:
         yield f"{NEAR.strip()}: the lead of the cheapest over it may be noise."
 
 
-def _row(winner: str, stretch: Sequence[Win]) -> tuple[str, ...]:
+def _row(outcome: str, stretch: Sequence[Win]) -> tuple[str, ...]:
     sizes = _ends([str(win.n) for win in stretch])
-    if not winner:
-        return (sizes, "none right", "", "")
+    if not stretch[0].winner:
+        return (sizes, outcome, "", "")
     rankings = [win.ranking for win in stretch]
     seconds = [(r[0], r[1]) for r in rankings if len(r) > 1]
     names = list(dict.fromkeys(second.backend for _, second in seconds))
@@ -72,7 +80,7 @@ def _row(winner: str, stretch: Sequence[Win]) -> tuple[str, ...]:
     bases = [next((p for p in r if p.backend == win.baseline), None) for r, win in zip(rankings, stretch, strict=True)]
     return (
         sizes,
-        f"{winner} {_range([r[0] for r in rankings])}",
+        f"{outcome} {_range([r[0] for r in rankings])}",
         f"{near}{', '.join(names)} {_range([second for _, second in seconds])}" if seconds else "–",
         _range(bases) if any(bases) else "–",
     )

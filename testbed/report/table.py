@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from rich import box
 from rich.console import Console
-from rich.table import Table as RichTable
 from rich.text import Text
 
 from testbed.config.experiment import Published
@@ -16,6 +14,7 @@ from testbed.records import Record
 from testbed.report import summary, units
 from testbed.report.notes import ill_conditioned, notes
 from testbed.report.published import comparisons, heading
+from testbed.report.terminal import print_table
 from testbed.report.titles import Titles, titles
 
 WAYS = {True: "native", False: "derived", None: "–"}
@@ -101,14 +100,14 @@ class Report:
             for table in mine:
                 title = table.quantity if len(mine) > 1 else f"{table.quantity} · {problem}"
                 console.print(Text(title, style="bold"))
-                console.print(_grid(table, console.width), "")
+                _print_table(table, console)
                 _print_notes(console, [note for note in table.notes if note not in common])
         if found := self.summary():
             console.print(Text("Who wins where", style="bold"))
             console.print(f"{summary.EXPLANATION}\n")
             for table in found:
                 console.print(Text(table.problem, style="bold"))
-                console.print(_grid(table, console.width), "")
+                _print_table(table, console)
             signs = dict.fromkeys(note for table in found for note in table.notes if note != summary.EXPLANATION)
             _print_notes(console, list(signs))
         if self.published:
@@ -153,19 +152,20 @@ def _width(table: Table) -> int:
     return sum(max(map(len, column)) + 2 for column in columns)
 
 
-def _grid(table: Table, width: int) -> RichTable:
-    """Return the table for a terminal; where it is too wide, options, spreads, intervals have lines of their own."""
-    stacked = _width(table) > width
-    grid = RichTable(box=box.SIMPLE_HEAD, padding=(0, 0), pad_edge=False, show_edge=False)
-    for i, column in enumerate(table.header):
-        left = column in ALIGN_LEFT
-        words = column in ("cheapest", "next")  # may be wrapped at spaces
-        keep = not stacked or (i > 0 and not words)
-        grid.add_column(column, justify="left" if left else "right", overflow="fold", no_wrap=keep)
-    for row in table.rows:
-        texts = (_stacked(text) if stacked else text for text in row)
-        grid.add_row(*(Text(text) for text in texts))
-    return grid
+def _print_table(table: Table, console: Console) -> None:
+    """Print a table; where it is too wide, options, spreads and intervals have lines of their own."""
+    stacked = _width(table) > console.width
+    ratio = [name for name in table.header if name.startswith("× ") and name != "× step"]
+    print_table(
+        console,
+        table.header,
+        [[_stacked(text) if stacked else text for text in row] for row in table.rows],
+        left=ALIGN_LEFT,
+        fold=table.header[:1] if stacked else (),
+        words=("cheapest", "next"),
+        drop=("way", "first", "peak", *ratio, "× step") if table.header[0] == "backend" else table.header[:2:-1],
+    )
+    console.print()
 
 
 def _stacked(text: str) -> str:
