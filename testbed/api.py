@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from backends import available
-from backends.base import BACKENDS, QUANTITIES, Backend, LossFn, Unsupported
+from backends.base import BACKENDS, QUANTITIES, Backend, LossFn
 from backends.batch import Batch, apply, size, take
 from backends.registry import BadOption, UnknownName, check_options, explain, unknown
 from testbed.agreement import RULES, Rule
@@ -25,7 +25,7 @@ from testbed.processes.child import Isolation
 from testbed.progress import Progress
 from testbed.records import Record
 from testbed.report import Report
-from testbed.runner import run
+from testbed.runner import INTERRUPTED, leave_out, refused, run
 from testbed.settings import Settings, identify
 
 Chosen = str | Mapping[str, Mapping[str, Any]]
@@ -168,18 +168,18 @@ def run_experiment(
             progress.begin(f"problem {count} of {len(found)}: {job.problem}", 0)
         set_precision(job.problem)
         arguments = (job.about, job.cells, job.settings, emit)
+        if stopped:
+            leave_out(INTERRUPTED, *arguments, isolation, finished)
+            continue
         try:
-            if stopped:
-                run(_stop, *arguments, finished=finished)
-            else:
-                run(partial(_make, job.problem, device), *arguments, progress, isolation, finished)
+            run(partial(_make, job.problem, device), *arguments, progress, isolation, finished)
         except KeyboardInterrupt:
             stopped = True
         except ProblemError as error:
             if len(found) == 1:
                 raise
             failed.append(error)
-            run(partial(_refuse, str(error)), *arguments, finished=finished)
+            leave_out(refused(error), *arguments, isolation, finished)
     if stopped:
         raise KeyboardInterrupt
     if failed:
@@ -223,16 +223,6 @@ def identities(experiment: Experiment, device: torch.device, isolation: Isolatio
 def isolated(experiment: Experiment, plugins: Sequence[str] = ()) -> Isolation:
     """Return what an experiment lets the children take that run its cells, and what they load first."""
     return Isolation(**experiment.limits.model_dump(), plugins=tuple(str(Path(file).resolve()) for file in plugins))
-
-
-def _stop(*_: object) -> Problem:
-    """Make no problem: the run has been interrupted, and what would have come has to have its records."""
-    raise KeyboardInterrupt
-
-
-def _refuse(reason: str) -> Problem:
-    """Make no problem: it cannot be made, and its cells have to have their records."""
-    raise Unsupported(reason)
 
 
 def about_problem(problem: Workload, device: torch.device) -> dict[str, Any]:

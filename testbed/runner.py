@@ -15,6 +15,8 @@ from testbed.processes.hosts import HOUSE, Children, Hosts, InProcess
 from testbed.progress import Progress, Silent
 from testbed.settings import Settings
 
+INTERRUPTED = Outcome(status="interrupted", reason="stopped by Ctrl-C or a signal")
+
 
 def run(
     make: Make,
@@ -43,11 +45,7 @@ def run(
         KeyboardInterrupt: Again, after what was measured so far has been emitted.
     """
     progress = progress or Silent()
-    by_quantity: dict[tuple[str, str], list[Cell]] = {}
-    for cell in cells:
-        by_quantity.setdefault((cell.quantity, str(dict(cell.quantity_options))), []).append(cell)
-    found = [Group(dict(about), group, settings, emit, progress, isolation, finished) for group in by_quantity.values()]
-    groups = [group for group in found if group.running]
+    groups = _groups(about, cells, settings, emit, progress, isolation, finished)
     if not groups:
         return
     setup = Setup(make, settings.seed, settings.rule)
@@ -66,14 +64,50 @@ def run(
                 group.run(hosts)
     except Unsupported as error:
         for group in groups:
-            group.end_all(Outcome(status="unsupported", reason=f"the problem: {error}"))
+            group.end_all(refused(error))
     except Failed as failed:
         for group in groups:
             group.end_all(Outcome(failed.status, f"the problem: {failed.reason}", traceback=failed.details))
     except KeyboardInterrupt:
         for group in groups:
-            group.end_all(Outcome(status="interrupted", reason="stopped by Ctrl-C or a signal"))
+            group.end_all(INTERRUPTED)
         raise
+
+
+def refused(error: Exception) -> Outcome:
+    """Return what becomes of the cells of a problem that is refused."""
+    return Outcome(status="unsupported", reason=f"the problem: {error}")
+
+
+def leave_out(
+    outcome: Outcome,
+    about: Mapping[str, Any],
+    cells: Sequence[Cell],
+    settings: Settings,
+    emit: Emit,
+    isolation: Isolation | None = None,
+    finished: Container[str] = (),
+) -> None:
+    """Emit the records of cells that are not run; `outcome` is what became of each, for the rest see `run`."""
+    for group in _groups(about, cells, settings, emit, Silent(), isolation, finished):
+        group.end_all(outcome)
+
+
+def _groups(
+    about: Mapping[str, Any],
+    cells: Sequence[Cell],
+    settings: Settings,
+    emit: Emit,
+    progress: Progress,
+    isolation: Isolation | None,
+    finished: Container[str],
+) -> list[Group]:
+    """Return the cells of each quantity, where some have no record yet."""
+    by_quantity: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        by_quantity.setdefault((cell.quantity, str(dict(cell.quantity_options))), []).append(cell)
+    found = [Group(dict(about), group, settings, emit, progress, isolation, finished) for group in by_quantity.values()]
+    return [group for group in found if group.running]
 
 
 def _hosts(setup: Setup, isolation: Isolation | None, device: torch.device, labels: Sequence[str]) -> Hosts:
