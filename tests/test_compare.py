@@ -116,7 +116,7 @@ def test_what_was_chosen_by_measuring_is_in_the_record() -> None:
     ("model", "reason"),
     [
         (nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), "`1` (BatchNorm1d) in training mode"),
-        (Functional(lambda s, x: F.dropout(s.a(x)), a=nn.Linear(5, 2)), "the model or its loss is random"),
+        (Functional(lambda s, x: F.dropout(s.a(x)), a=nn.Linear(5, 2)), "`model` (Functional) is random"),
         (nn.Sequential(nn.Linear(5, 2), nn.RReLU()), "`1` (RReLU) is random"),
         (nn.Sequential(nn.Linear(5, 2), nn.Softmax(dim=0)), "`1` (Softmax) mixes the samples of a batch"),
         (nn.Linear(4, 2), "model, loss and batch do not fit together"),

@@ -210,4 +210,5 @@ class Host:
         problem = self.setup.problem()
         if not random_dropouts(problem.model):
             return problem, {}
-        return with_masks(problem, self.setup.seed), {"dropout": "the same masks for every backend"}
+        masked = with_masks(problem, self.setup.seed)
+        return masked, {} if masked is problem else {"dropout": "the same masks for every backend"}
