@@ -14,6 +14,7 @@ import torch
 
 import backends
 from backends import available, backend_class, precision
+from testbed import nvml
 
 LIBRARIES = ("torch", "torchvision", "numpy", "pydantic", "scikit-learn", "triton")  # and those of the backends
 
@@ -40,8 +41,8 @@ def environment(device: torch.device) -> dict[str, Any]:
             "memory_bytes": properties.total_memory,
             "capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda,
-            "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-            "clocks": _run("nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm", "--format=csv,noheader"),
+            "driver": nvml.driver(),
+            "clocks": nvml.clocks(device),
         }
     return found
 
