@@ -121,6 +121,12 @@ def test_a_figure_of_no_backend_here_is_set_beside_the_cheapest_right_one() -> N
     assert "(vmap, N=" in found
 
 
+@pytest.mark.parametrize(("backend", "by"), [({"backend": "vmap"}, ""), ({}, "vmap, ")])
+def test_a_figure_of_no_quantity_is_set_beside_every_one(backend: dict[str, str], by: str) -> None:
+    found = shown(backend, record("naive", 8), record("vmap", 2), record("vmap", 4, "norms"))
+    assert re.search(rf"step / here 2\.00 .*\({by}grads, N=.*, 4\.00 .*\({by}norms, N=", found)
+
+
 @pytest.mark.parametrize("other", [{"quantity": "norms"}, {"backend": "opacus"}])
 def test_what_was_not_measured_here_is_said(other: dict[str, str]) -> None:
     assert "published 3.00 × step / not measured here." in shown(STEP | other, record("vmap", 2))
