@@ -115,8 +115,9 @@ def _refuse_part_of_a_table(parser: argparse.ArgumentParser, options: argparse.N
             raise ConfigError(
                 f"--write-table: the table is of all backends and cases, grads, on a CPU; leave out --{name}"
             )
-    if capabilities.BEGIN not in _text_of(options.write_table):
-        raise ConfigError(f"--write-table {options.write_table}: it has no {capabilities.BEGIN} to write after")
+    if not capabilities.has_place(_text_of(options.write_table)):
+        between = f"{capabilities.BEGIN} … {capabilities.END}"
+        raise ConfigError(f"--write-table {options.write_table}: it has no {between} to write between")
 
 
 def _text_of(file: Path) -> str:
