@@ -7,12 +7,13 @@ the same rounds, is the control. A cell is worse or better where its time is, an
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from testbed.environment import flat
 from testbed.records import FAILED, WRONG, Record
 from testbed.report.rows import batch_of, device_of, problem_of
 from testbed.timing import CONFIDENCE, RESAMPLES, Ratio, verdict
@@ -20,6 +21,7 @@ from testbed.timing import CONFIDENCE, RESAMPLES, Ratio, verdict
 VERDICTS = ("worse", "better", "can't tell", "new", "gone", "same")
 TIMES = {"faster": "better", "slower": "worse", "can't tell": "can't tell"}
 PLACE_ONLY = ("device",)  # what a problem says that is not the problem
+NOT_OF_A_RUN = ("backend_source", "clocks", "disturbances")  # what an environment says of one backend or one moment
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,8 @@ def devices(records: Sequence[Record]) -> list[str]:
 
 
 def differences(old: Sequence[Record], new: Sequence[Record]) -> dict[str, tuple[str, str]]:
-    """Return {setting: (old, new)} of what differs between the runs' environments; clocks are momentary."""
-    first, second = ({k: str(v) for r in run for k, v in _flat(r.environment)} for run in (old, new))
+    """Return {setting: (old, new)} of what differs between the runs' environments."""
+    first, second = ({k: v for r in run for k, v in flat(r.environment, NOT_OF_A_RUN).items()} for run in (old, new))
     keys = [key for key in {**first, **second} if first.get(key) != second.get(key)]
     return {key: (first.get(key, "not recorded"), second.get(key, "not recorded")) for key in keys}
 
@@ -198,12 +200,3 @@ def _step(record: Record) -> Mapping[str, Any]:
 def _memory(old: Record, new: Record) -> float | None:
     before, after = old.memory.get("peak_bytes"), new.memory.get("peak_bytes")
     return after / before if before and after else None
-
-
-def _flat(environment: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yield (dotted key, value) of an environment, without a backend's own and momentary clocks."""
-    for key, value in environment.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        elif key not in ("backend_source", "clocks"):
-            yield prefix + key, value

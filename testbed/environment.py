@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Container, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -54,6 +55,17 @@ def device_name(environment: dict[str, Any]) -> str:
     if "processor" not in environment:  # a record of a sweep, or of an earlier version
         return "device not recorded"
     return f"{environment['processor']}, {environment.get('threads', '?')} threads"
+
+
+def flat(environment: Mapping[str, Any], without: Container[str] = (), prefix: str = "") -> dict[str, str]:
+    """Return an environment as {dotted key: text}, without some keys."""
+    found: dict[str, str] = {}
+    for key, value in environment.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, without, f"{prefix}{key}.")
+        elif key not in without:
+            found[prefix + key] = str(value)
+    return found
 
 
 def _backends_libraries() -> list[str]:
