@@ -87,9 +87,9 @@ def differences(old: Sequence[Record], new: Sequence[Record]) -> dict[str, tuple
     return {key: (first.get(key, "not recorded"), second.get(key, "not recorded")) for key in keys}
 
 
-def unpaired(new: Sequence[float], old: Sequence[float], seed: int = 0) -> Ratio:
+def unpaired(new: Sequence[float], old: Sequence[float]) -> Ratio:
     """Return median(new) / median(old) with its bootstrap interval, each resampled by itself."""
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
 
     def medians(samples: Sequence[float]) -> Any:  # noqa: ANN401  numpy's arrays
         index = random.integers(len(samples), size=(RESAMPLES, len(samples)))
@@ -99,9 +99,9 @@ def unpaired(new: Sequence[float], old: Sequence[float], seed: int = 0) -> Ratio
     return Ratio(float(np.median(new) / np.median(old)), float(low), float(high))
 
 
-def in_steps(new: Record, old: Record, seed: int = 0) -> Ratio | None:
+def in_steps(new: Record, old: Record) -> Ratio | None:
     """Return how many ordinary steps a call costs, new / old, with its interval; None where a run did not time them."""
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     values, resampled = [], []
     for record in (new, old):
         cell, step = np.asarray(_samples(record.timing)), np.asarray(_samples(_step(record)))
