@@ -79,8 +79,12 @@ def compare(
     check_arguments(model, loss_fn, inputs, targets)
     if fresh is not None and not (isinstance(fresh, tuple) and len(fresh) == 2):
         raise TypeError(f"fresh should be a pair (inputs, targets), found {type(fresh).__name__}")
-    if fresh is not None and size(fresh[0]) != size(fresh[1]):
-        raise ValueError(f"fresh should hold as many targets as inputs, found {size(fresh[0])} and {size(fresh[1])}")
+    if fresh is not None:
+        _check_batch("fresh[0]", fresh[0])
+        _check_targets("fresh[1]", fresh[1])
+        if size(fresh[0]) != size(fresh[1]):
+            lengths = f"{size(fresh[0])} and {size(fresh[1])}"
+            raise ValueError(f"fresh should hold as many targets as inputs, found {lengths}")
     inputs, targets = apply(torch.Tensor.detach, inputs), targets.detach()
     backends = [backends] if isinstance(backends, str) else backends
     quantities = [quantities] if isinstance(quantities, str) else quantities
@@ -125,6 +129,8 @@ def check_arguments(model: nn.Module, loss_fn: LossFn, inputs: Batch, targets: T
         raise TypeError(
             f"loss_fn should be a function (outputs, targets) -> losses [N], found {type(loss_fn).__name__}"
         )
+    _check_batch("inputs", inputs)
+    _check_targets("targets", targets)
     if size(inputs) != size(targets):
         raise ValueError(f"inputs and targets should hold as many samples, found {size(inputs)} and {size(targets)}")
     parameters = list(model.parameters())
@@ -132,6 +138,21 @@ def check_arguments(model: nn.Module, loss_fn: LossFn, inputs: Batch, targets: T
         raise ValueError("the model has parameters without values (meta device or lazy module); initialise it first")
     if not any(p.is_floating_point() or p.is_complex() for p in parameters):
         raise ValueError("the model has no floating-point parameter: nothing to differentiate")
+
+
+def _check_batch(name: str, batch: object) -> None:
+    """Refuse a batch that holds something else than tensors, by its place; what is no batch at all is for `size`."""
+    if isinstance(batch, Tensor | str) or not isinstance(batch, Mapping | Sequence):
+        return
+    for key, value in batch.items() if isinstance(batch, Mapping) else enumerate(batch):
+        if not isinstance(value, Tensor):
+            found = f"{name}[{key!r}] should be a tensor [N, ...], found {type(value).__name__}"
+            raise ValueError(f"{found}; what belongs to no sample goes into a module around the model")
+
+
+def _check_targets(name: str, targets: object) -> None:
+    if not isinstance(targets, Tensor):
+        raise ValueError(f"{name} should be one tensor [N, ...], found {type(targets).__name__}")
 
 
 def run_experiment(

@@ -121,10 +121,14 @@ def _losses(wide: Problem, model: nn.Module, inputs: Batch, targets: Tensor, see
     # gradients are on as in a backend's call: the model's forward pass may differentiate
     with seeded(model, seed), torch.enable_grad(), kept_buffers(model):
         try:
-            return wide.loss_fn(call(model, inputs), targets).detach()
+            losses: object = wide.loss_fn(call(model, inputs), targets)
         except Exception as error:
             what = f"{culprit(error, model)}: {type(error).__name__}: {first_line(error)}"
             raise Unsupported(f"model, loss and batch do not fit together: {what}") from error
+    if not isinstance(losses, Tensor):
+        found = "nothing" if losses is None else f"a {type(losses).__name__}"
+        raise Unsupported(f"the loss returned {found}, it must be a tensor [{wide.n}]: one loss a sample")
+    return losses.detach()
 
 
 def _differs(a: Tensor, b: Tensor) -> bool:

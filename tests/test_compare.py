@@ -147,6 +147,13 @@ def test_loss_that_is_reduced_says_how_to_mend_it() -> None:
     assert all("use reduction='none'" in r.reason for r in report.records)
 
 
+@pytest.mark.parametrize(("made", "what"), [(None, "nothing"), (1.0, "a float"), ((), "a tuple")])
+def test_loss_that_returns_no_tensor_is_told(made: Any, what: str) -> None:
+    report = testbed.compare(mlp(), lambda outputs, targets: made, torch.ones(4, 5), torch.zeros(4), "naive")
+    (record,) = report.records
+    assert record.reason == f"the problem: the loss returned {what}, it must be a tensor [4]: one loss a sample"
+
+
 def test_loss_that_uses_the_model_itself_is_refused() -> None:
     model = mlp()
 
@@ -185,7 +192,15 @@ def test_loss_with_class_weights_is_asked_in_float64_too() -> None:
         ({"loss_fn": None}, "loss_fn should be a function"),
         ({"inputs": torch.zeros(0, 5), "targets": torch.zeros(0)}, "a batch holds at least one sample, found none"),
         ({"targets": torch.zeros(5)}, "found 6 and 5"),
-        ({"inputs": {"x": [1.0]}}, "a batch is a tensor"),
+        (
+            {"inputs": {"x": [1.0]}},
+            "inputs['x'] should be a tensor [N, ...], found list; what belongs to no sample goes",
+        ),
+        ({"inputs": (torch.zeros(6, 5), None)}, "inputs[1] should be a tensor [N, ...], found NoneType"),
+        ({"inputs": 3}, "a batch is a tensor"),
+        ({"targets": (torch.zeros(6),)}, "targets should be one tensor [N, ...], found tuple"),
+        ({"fresh": ((torch.zeros(6, 5), 1), torch.zeros(6))}, "fresh[0][1] should be a tensor [N, ...], found int"),
+        ({"fresh": (torch.zeros(6, 5), [0] * 6)}, "fresh[1] should be one tensor [N, ...], found list"),
         ({"backends": "vmpa"}, "unknown backend 'vmpa' (did you mean 'vmap'?)"),
         ({"quantities": "norm"}, "unknown quantity 'norm' (did you mean 'norms'?)"),
         ({"baseline": "nope"}, "unknown baseline 'nope'"),
