@@ -193,10 +193,14 @@ class AllClose(Rule):
     ) -> Agreement:
         """Compare every number with the yardstick's; see `torch.allclose`."""
         y = {name: t.double() for name, t in yardsticks[0].items()}
-        allowed = {name: (self.atol + self.rtol * t.abs()).clamp_min(TINY) for name, t in y.items()}  # 0 of 0 is right
-        gaps = {name: (result[name].double() - t).abs() / allowed[name] for name, t in y.items()}
-        excess = torch.stack([gap.amax(1) for gap in gaps.values()], 1).where(norms(truth).isfinite(), 0)
+        worst = [self._excess(result[name].double(), t).amax(1) for name, t in y.items()]
+        excess = torch.stack(worst, 1).where(norms(truth).isfinite(), 0)
         return _answer("allclose", excess, distance(result, truth), truth, (), per_sample)
+
+    def _excess(self, g: Tensor, y: Tensor) -> Tensor:
+        """Return |g − y| in units of what is allowed; what is equal is right where nothing is."""
+        gap = (g - y).abs()
+        return (gap / (self.atol + self.rtol * y.abs())).where(gap != 0, 0)
 
 
 def cloud(truth: Rows, draw: Draw, u: float) -> Cloud:

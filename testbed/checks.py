@@ -10,13 +10,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from backends.base import LossFn, Unsupported, describe, first_line, own_copy
+from backends.base import LossFn, Unsupported, first_line, own_copy
 from backends.batch import Batch, call, size, take
 from backends.given import refuse_past_the_copy
 from backends.probe import spread
 from backends.running import batch_gradient, culprit, kept_buffers, kept_random_state, seeded
 from testbed.problems.base import Problem, a_thing
 from testbed.samples import narrow
+from testbed.trace import first_difference
 
 FEW = 4  # samples whose gradients are added up
 SUMS = 1e-6  # relative to all gradients: rounding is far below
@@ -36,7 +37,6 @@ def refuse_without_gradients(problem: Problem) -> None:
     _losses(problem, model, problem.inputs, problem.targets)  # in the run's own dtype
     wide = problem.to(torch.float64)
     model = own_copy(wide.model)
-    trace = _Trace(model)
     losses = _losses(wide, model, wide.inputs, wide.targets)
     n = wide.n
     if losses.shape != (n,):
@@ -47,16 +47,14 @@ def refuse_without_gradients(problem: Problem) -> None:
     if not losses.isfinite().all():
         i = int((~losses.isfinite()).nonzero()[0])
         raise Unsupported(f"the loss of sample {i} is {float(losses[i])}: there is nothing to compare")
-    outputs = trace.take()
     with torch.enable_grad(), kept_buffers(model), kept_random_state(model):
         attached = wide.loss_fn(call(model, wide.inputs), wide.targets)
         if not attached.requires_grad:
             raise Unsupported("the loss does not depend on the parameters: something in model or loss detaches it")
     refuse_past_the_copy(problem.model, attached)
-    trace.take()
-    _refuse_random(wide, model, losses, outputs, trace)
+    _refuse_random(wide, model, losses)
     if n > 1:
-        _refuse_coupled(wide, model, losses, outputs, trace)
+        _refuse_coupled(wide, model, losses)
         _refuse_other_sums(wide)
 
 
@@ -81,33 +79,39 @@ def _refuse_other_sums(wide: Problem) -> None:
         )
 
 
-def _refuse_random(wide: Problem, model: nn.Module, losses: Tensor, outputs: "Outputs", trace: "_Trace") -> None:
-    again = _losses(wide, model, wide.inputs, wide.targets, seed=1)
-    if _differs(losses, again):
-        where = trace.first_difference(outputs, trace.take(), _differs) or "the model or its loss"
-        raise Unsupported(f"{where} is random: two forward passes under different seeds differ; use eval()")
-    trace.take()
+def _refuse_random(wide: Problem, model: nn.Module, losses: Tensor) -> None:
+    def run(seed: int) -> Tensor:
+        return _losses(wide, model, wide.inputs, wide.targets, seed)
+
+    if _differs(losses, run(seed=1)):
+        where = first_difference(model, partial(run, 0), partial(run, 1), _differs) or "the model or its loss"
+        raise Unsupported(
+            f"{where} is random: two forward passes under different seeds differ; use eval(), or set its dropout to 0"
+        )
 
 
-def _refuse_coupled(wide: Problem, model: nn.Module, losses: Tensor, outputs: "Outputs", trace: "_Trace") -> None:
+def _refuse_coupled(wide: Problem, model: nn.Module, losses: Tensor) -> None:
     """Repeat sample i over the whole batch: everybody else changes, the loss of i may not."""
+
+    def run(index: Tensor | slice) -> Tensor:
+        return _losses(wide, model, take(wide.inputs, index), take(wide.targets, index))
+
     for i in {0, wide.n - 1}:
         index = torch.full((wide.n,), i, device=wide.device)
-        alone = _losses(wide, model, take(wide.inputs, index), take(wide.targets, index))
-        found = trace.take()
+        alone = run(index)
         if _differs(losses[i], alone[i]):
 
             def differs(a: Tensor, b: Tensor, i: int = i) -> bool:
                 same_form = a.shape == b.shape and a.dim() > 0 and a.shape[0] == wide.n
                 return same_form and _differs(a[i], b[i])
 
-            where = trace.first_difference(outputs, found, differs) or "the loss, or a function outside any module,"
+            both = partial(run, slice(None)), partial(run, index)
+            where = first_difference(model, *both, differs) or "the loss, or a function outside any module,"
             raise Unsupported(
                 f"{where} mixes the samples of a batch: with the other samples changed, the loss of sample {i} changes "
                 f"from {float(losses[i]):.6g} to {float(alone[i]):.6g}; no sample has a gradient of its own"
             )
-        single = _losses(wide, model, take(wide.inputs, index[:1]), take(wide.targets, index[:1]))
-        trace.take()
+        single = run(index[:1])
         if _differs(losses[i], single[0]):
             raise Unsupported(
                 f"the model or its loss depends on how many samples are in a batch: alone, the loss of sample {i} is "
@@ -123,7 +127,8 @@ def _losses(wide: Problem, model: nn.Module, inputs: Batch, targets: Tensor, see
         with _blaming(lambda _: f"the loss {_name(wide.loss_fn)}"):
             losses: object = wide.loss_fn(outputs, targets)
     if not isinstance(losses, Tensor):
-        raise Unsupported(f"the loss {_name(wide.loss_fn)} returned {a_thing(losses)}, not a tensor [{size(inputs)}]")
+        wanted = f"a tensor [{size(inputs)}]: one loss a sample"
+        raise Unsupported(f"the loss {_name(wide.loss_fn)} returned {a_thing(losses)}, not {wanted}")
     return losses.detach()
 
 
@@ -145,31 +150,3 @@ def _name(loss_fn: LossFn) -> str:
 
 def _differs(a: Tensor, b: Tensor) -> bool:
     return a.shape != b.shape or not torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
-
-
-Outputs = list[tuple[str, Tensor]]
-
-
-class _Trace:
-    """Keeps what each module without children returned, in the order they ran."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.outputs: Outputs = []
-        for path, module in model.named_modules():
-            if not any(True for _ in module.children()):
-                module.register_forward_hook(self._keep(describe(path, module)))
-
-    def _keep(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: object, output: object) -> None:
-            if isinstance(output, Tensor):
-                self.outputs.append((name, output.detach().clone()))
-
-        return hook
-
-    def take(self) -> Outputs:
-        found, self.outputs = self.outputs, []
-        return found
-
-    @staticmethod
-    def first_difference(before: Outputs, after: Outputs, differs: Callable[[Tensor, Tensor], bool]) -> str | None:
-        return next((name for (name, a), (_, b) in zip(before, after, strict=False) if differs(a, b)), None)

@@ -7,12 +7,13 @@ the same rounds, is the control. A cell is worse or better where its time is, an
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from testbed.environment import flat
 from testbed.records import FAILED, WRONG, Record
 from testbed.report.rows import batch_of, device_of, problem_of
 from testbed.timing import CONFIDENCE, RESAMPLES, Ratio, verdict
@@ -20,6 +21,7 @@ from testbed.timing import CONFIDENCE, RESAMPLES, Ratio, verdict
 VERDICTS = ("worse", "better", "can't tell", "new", "gone", "same")
 TIMES = {"faster": "better", "slower": "worse", "can't tell": "can't tell"}
 PLACE_ONLY = ("device",)  # what a problem says that is not the problem
+NOT_OF_A_RUN = ("backend_source", "clocks", "disturbances")  # what an environment says of one backend or one moment
 
 
 @dataclass(frozen=True)
@@ -80,14 +82,14 @@ def devices(records: Sequence[Record]) -> list[str]:
 
 def differences(old: Sequence[Record], new: Sequence[Record]) -> dict[str, tuple[str, str]]:
     """Return {setting: (old, new)} of what differs between the runs' environments."""
-    first, second = ({k: str(v) for r in run for k, v in _flat(r.environment)} for run in (old, new))
+    first, second = ({k: v for r in run for k, v in flat(r.environment, NOT_OF_A_RUN).items()} for run in (old, new))
     keys = [key for key in {**first, **second} if first.get(key) != second.get(key)]
     return {key: (first.get(key, "not recorded"), second.get(key, "not recorded")) for key in keys}
 
 
-def unpaired(new: Sequence[float], old: Sequence[float], seed: int = 0) -> Ratio:
+def unpaired(new: Sequence[float], old: Sequence[float]) -> Ratio:
     """Return median(new) / median(old) with its bootstrap interval, each resampled by itself."""
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
 
     def medians(samples: Sequence[float]) -> Any:  # noqa: ANN401  numpy's arrays
         index = random.integers(len(samples), size=(RESAMPLES, len(samples)))
@@ -97,9 +99,9 @@ def unpaired(new: Sequence[float], old: Sequence[float], seed: int = 0) -> Ratio
     return Ratio(float(np.median(new) / np.median(old)), float(low), float(high))
 
 
-def in_steps(new: Record, old: Record, seed: int = 0) -> Ratio | None:
+def in_steps(new: Record, old: Record) -> Ratio | None:
     """Return how many ordinary steps a call costs, new / old, with its interval; None where a run did not time them."""
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     values, resampled = [], []
     for record in (new, old):
         cell, step = np.asarray(_samples(record.timing)), np.asarray(_samples(_step(record)))
@@ -198,12 +200,3 @@ def _step(record: Record) -> Mapping[str, Any]:
 def _memory(old: Record, new: Record) -> float | None:
     before, after = old.memory.get("peak_bytes"), new.memory.get("peak_bytes")
     return after / before if before and after else None
-
-
-def _flat(environment: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yield (dotted key, value) of an environment, without a backend's own and what is momentary."""
-    for key, value in environment.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        elif key not in ("backend_source", "clocks", "disturbances"):
-            yield prefix + key, value

@@ -11,11 +11,13 @@ import psutil
 import pynvml
 import torch
 
+from testbed import nvml
+from testbed.nvml import SILENT
+
 BUSY = 0.15  # cores that others may use unnoticed: what a quiet system does by itself
 BUSY_SHARE = 0.02  # of all cores, where there are many
 STOLEN = 0.01  # share of the time that a hypervisor may take unnoticed
 MOVED = 0.10  # relative change of a clock that is not noticed
-SILENT = (pynvml.NVMLError, AttributeError)  # what NVML cannot say on this machine is left unsaid
 REASONS = {  # nvmlClocksEventReasons: why a GPU is slower than it could be
     0x04: "its power limit",
     0x08: "a hardware slowdown",
@@ -121,9 +123,7 @@ class _Gpu:
         self._own, self._clock = own, Clock("GPU")
         self._reasons, self._others = 0, set[int]()
         with suppress(*SILENT):
-            pynvml.nvmlInit()
-            uuid = str(torch.cuda.get_device_properties(device).uuid)
-            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid.removeprefix('GPU-')}")
+            self._handle = nvml.handle(device)
         self.look()
 
     def look(self) -> None:

@@ -21,10 +21,15 @@ MASK = "dropout_mask_{}"
 
 
 class MaskedDropout(nn.Module):
-    """Multiplies by the next of the masks it was given for this call; a checkpoint may ask again for one alone."""
+    """Multiplies by the next of the masks it was given for this call; a checkpoint may ask again for one alone.
 
-    def __init__(self) -> None:
+    Attributes:
+        p: That of the dropout it stands for: a model may read it to drop by itself, which has no mask then.
+    """
+
+    def __init__(self, p: float) -> None:
         super().__init__()
+        self.p = p
         self.masks: list[Tensor] = []
         self.calls = 0
 
@@ -70,7 +75,7 @@ def _with_masks(problem: Problem, seed: int) -> Problem | None:
     (order, masks), (_, fresh_masks), _ = drawn
     model = full_copy(problem.model)
     for path in random_dropouts(model):
-        model.set_submodule(path, MaskedDropout())
+        model.set_submodule(path, MaskedDropout(model.get_submodule(path).p))  # type: ignore[arg-type]
     model.register_forward_pre_hook(_Strip(order), with_kwargs=True)
     return replace(problem, model=model, inputs=_extended(inputs, masks), fresh_inputs=_extended(fresh, fresh_masks))
 
@@ -110,7 +115,7 @@ class _Drawing(nn.Module):
 
     def __init__(self, dropout: nn.Module, path: str, drawn: list[tuple[str, Tensor]]) -> None:
         super().__init__()
-        self.dropout, self.path, self.drawn = dropout, path, drawn
+        self.dropout, self.path, self.drawn, self.p = dropout, path, drawn, dropout.p
 
     def forward(self, x: Tensor) -> Tensor:
         mask: Tensor = self.dropout(torch.ones_like(x))

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Container, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 import backends
 from backends import available, backend_class, precision
+from testbed import nvml
 
 LIBRARIES = ("torch", "torchvision", "numpy", "pydantic", "scikit-learn", "triton")  # and those of the backends
 
@@ -40,8 +42,8 @@ def environment(device: torch.device) -> dict[str, Any]:
             "memory_bytes": properties.total_memory,
             "capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda,
-            "driver": _of_gpu(properties, "driver_version"),
-            "clocks": _of_gpu(properties, "clocks.sm,clocks.mem,clocks.max.sm"),
+            "driver": nvml.driver(),
+            "clocks": nvml.clocks(device),
         }
     return found
 
@@ -53,6 +55,17 @@ def device_name(environment: dict[str, Any]) -> str:
     if "processor" not in environment:  # a record of a sweep, or of an earlier version
         return "device not recorded"
     return f"{environment['processor']}, {environment.get('threads', '?')} threads"
+
+
+def flat(environment: Mapping[str, Any], without: Container[str] = (), prefix: str = "") -> dict[str, str]:
+    """Return an environment as {dotted key: text}, without some keys."""
+    found: dict[str, str] = {}
+    for key, value in environment.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, without, f"{prefix}{key}.")
+        elif key not in without:
+            found[prefix + key] = str(value)
+    return found
 
 
 def _backends_libraries() -> list[str]:

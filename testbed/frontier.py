@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from backends.base import Unsupported
-from testbed.api import about_problem, problem_of, rule, set_precision
 from testbed.cell import Cell
 from testbed.config.experiment import Experiment, Workload
+from testbed.jobs import about_problem, problem_of, rule, set_precision
 from testbed.problems import Problem, ProblemError
 from testbed.processes.child import Child, Isolation
 from testbed.processes.host import Failed, Setup

@@ -22,9 +22,9 @@ def peak(function: Callable[[], object], device: torch.device) -> dict[str, Any]
     blocks should be given back when they are freed; see `backends.heap.nothing_kept`.
 
     Returns:
-        On CUDA `allocated_bytes` and `reserved_bytes`, the allocator's peaks above what was allocated before. On a CPU
-        `resident_bytes`, growth of the resident set to its peak (Linux). `peak_bytes` is the one to quote, None where
-        it cannot be measured.
+        `peak_bytes`: on CUDA the peak of what is allocated, above what was before; on a CPU the growth of the resident
+        set to its peak (Linux); None where it cannot be measured. On CUDA `reserved_bytes` too, the same of what the
+        allocator has taken from the device.
     """
     gc.collect()
     if device.type == "cuda":
@@ -37,7 +37,7 @@ def peak(function: Callable[[], object], device: torch.device) -> dict[str, Any]
         synchronise(device)
         allocated = torch.cuda.max_memory_allocated(device) - before
         reserved = torch.cuda.max_memory_reserved(device) - reserved
-        return {"peak_bytes": allocated, "allocated_bytes": allocated, "reserved_bytes": reserved}
+        return {"peak_bytes": allocated, "reserved_bytes": reserved}
     if sys.platform != "linux":
         return {"peak_bytes": None}  # only Linux can reset the high-water mark
     give_back()  # else the next call's pages would not count as growth
@@ -47,8 +47,7 @@ def peak(function: Callable[[], object], device: torch.device) -> dict[str, Any]
         return {"peak_bytes": None}  # a container may forbid it
     start = _status("VmRSS")
     _in_a_thread(function)
-    grown = max(0, _status("VmHWM") - start)
-    return {"peak_bytes": grown, "resident_bytes": grown}
+    return {"peak_bytes": max(0, _status("VmHWM") - start)}
 
 
 def _in_a_thread(function: Callable[[], object]) -> None:

@@ -1,6 +1,5 @@
 """What became of a cell: its status, and the reason that an exception, a finding or a warning gives for it."""
 
-import re
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -11,9 +10,6 @@ from typing import Any
 from backends.base import Unavailable, Unsupported, first_line, first_line_of
 from backends.shortage import lack_of_memory
 from testbed.referee import Finding
-
-NUMBER = re.compile(r"\d+")
-COUNTED = re.compile(r"(.*?)(?: \((\d+) such, with other numbers\))?", re.DOTALL)  # a warning that stands for several
 
 
 @dataclass
@@ -67,10 +63,7 @@ def status_of(error: BaseException) -> tuple[str, str]:
 
 @contextmanager
 def listening(outcome: Outcome | None = None) -> Iterator[None]:
-    """Keep a library's warnings out of the output; each is written down once, its first sentence.
-
-    Those that differ in numbers only, such as that of a process, are one with a count.
-    """
+    """Keep a library's warnings out of the output; each is written down once, its first sentence."""
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         try:
@@ -78,17 +71,5 @@ def listening(outcome: Outcome | None = None) -> Iterator[None]:
         finally:
             for warning in heard if outcome else ():
                 sentence = first_line_of(str(warning.message)).split(". ")[0]
-                if outcome:
-                    _write_down(sentence, outcome.warnings)
-
-
-def _write_down(sentence: str, known: list[str]) -> None:
-    for i, entry in enumerate(known):
-        match = COUNTED.fullmatch(entry)
-        said, count = match.groups() if match else (entry, None)
-        if said == sentence:
-            return
-        if NUMBER.sub("0", said) == NUMBER.sub("0", sentence):
-            known[i] = f"{said} ({int(count or 1) + 1} such, with other numbers)"
-            return
-    known.append(sentence)
+                if outcome and sentence not in outcome.warnings:
+                    outcome.warnings.append(sentence)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from backends import get_backend, variants
-from backends.base import Unavailable, Unsupported, first_line
+from backends.base import first_line
 from testbed.agreement import Calibrated
+from testbed.outcome import status_of
 from testbed.problems import Problem
 from testbed.records import with_options
 from testbed.referee import Referee
@@ -26,20 +27,20 @@ class Errors:
     Attributes:
         backend: Name and options.
         dtype: The dtype it ran in.
-        samples: Those that were checked.
-        relative: ‖g_i − t_i‖ / ‖t_i‖ for each of them; empty where the backend refuses, or gives something else.
-        ill_conditioned: Samples that only a kink excuses.
-        agrees: Whether the default rule agrees.
-        reason: Why there are none, or what is wrong.
+        status: That of the default rule, or of what the backend raised; a record's.
+        reason: What is wrong, or why there are no errors.
+        samples: The samples that were checked; empty where there is nothing to compare.
+        relative: ‖g_i − t_i‖ / ‖t_i‖ for each of them.
+        ill_conditioned: Those that only a kink excuses.
     """
 
     backend: str
     dtype: str
-    samples: tuple[int, ...]
-    relative: tuple[float, ...]
-    ill_conditioned: tuple[int, ...]
-    agrees: bool
+    status: str
     reason: str = ""
+    samples: tuple[int, ...] = ()
+    relative: tuple[float, ...] = ()
+    ill_conditioned: tuple[int, ...] = ()
 
 
 def measure(
@@ -72,15 +73,17 @@ def _errors(run: Problem, referee: Referee, name: str, options: dict[str, object
     label = with_options(name, options)
     try:
         result = get_backend(name, **options).grads(run.model, run.loss_fn)(run.inputs, run.targets)
-    except (Unsupported, Unavailable) as refusal:
-        return Errors(label, dtype, (), (), (), agrees=True, reason=str(refusal))
-    except RuntimeError as error:  # a kernel that the dtype lacks
-        return Errors(label, dtype, (), (), (), agrees=True, reason=first_line(error))
+    except Exception as error:  # whatever a library may raise
+        status, reason = status_of(error)
+        if status == "error" and isinstance(error, RuntimeError):  # a kernel that the dtype lacks
+            status, reason = "unsupported", first_line(error)
+        return Errors(label, dtype, status, reason)
     finding = referee.precision(result)
-    answer = finding.agreement
-    samples, relative = zip(*answer.errors, strict=True) if answer and answer.errors else ((), ())
-    ill = answer.ill_conditioned if answer else ()
-    return Errors(label, dtype, samples, relative, ill, finding.status == "ok", finding.diagnosis)
+    if finding.agreement is None:
+        return Errors(label, dtype, finding.status, finding.diagnosis)
+    samples, relative = zip(*finding.agreement.errors, strict=True)
+    ill = finding.agreement.ill_conditioned
+    return Errors(label, dtype, finding.status, finding.diagnosis, samples, relative, ill)
 
 
 @dataclass(frozen=True)

@@ -85,8 +85,8 @@ class RunFolder:
         file = self.path / "results.jsonl"
         try:
             records = read_records(file)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"--resume {self.path}: results.jsonl holds a line that is no record: {error}") from None
+        except ValueError as error:
+            raise ConfigError(f"--resume {self.path}: results.jsonl: {error}") from None
 
         def stands(record: Record) -> bool:
             if record.cell not in wanted or record.status == "interrupted":

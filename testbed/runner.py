@@ -15,7 +15,7 @@ from testbed.processes.hosts import HOUSE, Children, Hosts, InProcess
 from testbed.progress import Progress, Silent
 from testbed.settings import Settings
 
-STOPPED = Outcome(status="interrupted", reason="stopped by Ctrl-C or a signal")
+INTERRUPTED = Outcome(status="interrupted", reason="stopped by Ctrl-C or a signal")
 
 
 def run(
@@ -27,6 +27,7 @@ def run(
     progress: Progress | None = None,
     isolation: Isolation | None = None,
     finished: Container[str] = (),
+    instead: Outcome | None = None,
 ) -> None:
     """Run cells on a problem; each becomes one record, whatever happens to it.
 
@@ -39,14 +40,21 @@ def run(
         progress: Hears what is going on.
         isolation: What the children may take that run the cells; None runs all in this process.
         finished: Identities (see `identify`) of cells that have their record already.
+        instead: What becomes of all cells that are not finished, in place of a run.
 
     Raises:
         ProblemError: The problem cannot be made.
         KeyboardInterrupt: Again, after what was measured so far has been emitted.
     """
     progress = progress or Silent()
-    groups = _groups(about, cells, settings, emit, progress, isolation, finished)
-    if not groups:
+    by_quantity: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        by_quantity.setdefault((cell.quantity, str(dict(cell.quantity_options))), []).append(cell)
+    found = [Group(dict(about), group, settings, emit, progress, isolation, finished) for group in by_quantity.values()]
+    groups = [group for group in found if group.running]
+    if instead:
+        _end(groups, instead)
+    if instead or not groups:
         return
     setup = Setup(make, settings.seed, settings.rule)
     labels = [label for group in groups for label in group.labels()]
@@ -63,42 +71,17 @@ def run(
             for group in groups:
                 group.run(hosts)
     except Unsupported as error:
-        _end(groups, Outcome(status="unsupported", reason=f"the problem: {error}"))
+        _end(groups, refused(error))
     except Failed as failed:
         _end(groups, Outcome(failed.status, f"the problem: {failed.reason}", traceback=failed.details))
     except KeyboardInterrupt:
-        _end(groups, STOPPED)
+        _end(groups, INTERRUPTED)
         raise
 
 
-def leave(
-    outcome: Outcome,
-    about: Mapping[str, Any],
-    cells: Sequence[Cell],
-    settings: Settings,
-    emit: Emit,
-    isolation: Isolation | None = None,
-    finished: Container[str] = (),
-) -> None:
-    """Emit the records of cells that are not run, all with one outcome; the other arguments are those of `run`."""
-    _end(_groups(about, cells, settings, emit, Silent(), isolation, finished), outcome)
-
-
-def _groups(
-    about: Mapping[str, Any],
-    cells: Sequence[Cell],
-    settings: Settings,
-    emit: Emit,
-    progress: Progress,
-    isolation: Isolation | None,
-    finished: Container[str],
-) -> list[Group]:
-    """Return those cells that have no record yet, by quantity."""
-    by_quantity: dict[tuple[str, str], list[Cell]] = {}
-    for cell in cells:
-        by_quantity.setdefault((cell.quantity, str(dict(cell.quantity_options))), []).append(cell)
-    found = [Group(dict(about), group, settings, emit, progress, isolation, finished) for group in by_quantity.values()]
-    return [group for group in found if group.running]
+def refused(error: Exception) -> Outcome:
+    """Return what becomes of the cells of a problem that is refused."""
+    return Outcome(status="unsupported", reason=f"the problem: {error}")
 
 
 def _end(groups: Sequence[Group], outcome: Outcome) -> None:

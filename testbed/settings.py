@@ -24,18 +24,18 @@ class Settings:
         max_s: Seconds for the rounds of a quantity.
         warmup: Untimed calls after the first one.
         precision: Half the width of a ratio's interval, relative to it, that is narrow enough to stop; 0 never is.
-        baseline: The backend that times are divided by.
+        baseline: The backend that times are divided by; the reference if None.
         seed: Seeds the order within rounds.
     """
 
     experiment: str
     rule: Rule
-    rounds: int = 30
-    max_s: float = 20.0
-    warmup: int = 1
-    precision: float = 0.0
-    baseline: str | None = None
-    seed: int = 0
+    rounds: int
+    max_s: float
+    warmup: int
+    precision: float
+    baseline: str | None
+    seed: int
 
 
 def identify(cell: Cell, about: Mapping[str, Any], settings: Settings, isolation: Isolation | None) -> str:

@@ -78,11 +78,11 @@ class Ratio:
     high: float
 
 
-def ratio(samples: Sequence[float], baseline: Sequence[float], seed: int = 0) -> Ratio:
+def ratio(samples: Sequence[float], baseline: Sequence[float]) -> Ratio:
     """Return median(samples) / median(baseline) with its interval, resampling rounds (both were timed in each)."""
     n = min(len(samples), len(baseline))
     a, b = np.asarray(samples[:n]), np.asarray(baseline[:n])
-    index = np.random.default_rng(seed).integers(n, size=(RESAMPLES, n))
+    index = np.random.default_rng(0).integers(n, size=(RESAMPLES, n))
     resampled = np.median(a[index], axis=1) / np.median(b[index], axis=1)
     low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Ratio(float(np.median(a) / np.median(b)), float(low), float(high))
@@ -173,8 +173,3 @@ def ceilings(device: torch.device, dtype: torch.dtype, size: int = 0) -> tuple[f
 def limit(flops: int, written: int, peak: float, bandwidth: float) -> Limit:
     """Return the limit for so many operations and bytes on a device with these ceilings."""
     return Limit(flops, written, peak, bandwidth, max(flops / peak, written / bandwidth))
-
-
-def medians(samples: Mapping[str, Sequence[Sample]]) -> dict[str, float]:
-    """Return the median seconds of each name."""
-    return {name: float(np.median([s.seconds for s in found])) for name, found in samples.items()}

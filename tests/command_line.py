@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -17,6 +18,18 @@ batch_size: 4
 device: cpu
 timing: {rounds: 2, max_s: 1}
 backends: [naive, vmap]
+"""
+PLUGIN = """
+from dataclasses import dataclass
+
+from backends.base import Backend, Unsupported, register, trainable
+
+
+@register("mine", requires={})
+@dataclass(frozen=True)
+class Mine(Backend):
+    def grads(self, model, loss_fn):
+        ...
 """
 
 
@@ -43,3 +56,9 @@ def message(ended: Ended) -> str:
     assert (ended.code, ended.out) == (2, "")
     assert re.fullmatch(r"testbed: error: .*\n", ended.err)
     return ended.err.removeprefix("testbed: error: ").rstrip("\n")
+
+
+def plugin(folder: Path, text: str) -> Path:
+    """Write a plug-in."""
+    (folder / "plug.py").write_text(text, encoding="utf-8")
+    return folder / "plug.py"

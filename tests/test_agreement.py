@@ -157,11 +157,16 @@ def test_allclose_is_a_tolerance_on_every_number(gap: float, agrees: bool) -> No
     assert found.agrees is agrees
 
 
+@pytest.mark.parametrize("tolerances", [{"atol": 0}, {"atol": 0, "rtol": 0}], ids=str)
+@pytest.mark.parametrize(("g", "y", "agrees"), [(0, 0, True), (1, 1, True), (5e-324, 0, False), (0, 1, False)])
+def test_allclose_without_an_absolute_tolerance(tolerances: dict[str, float], g: float, y: float, agrees: bool) -> None:
+    """0/0 is no disagreement: what is equal is right, and beside zero nothing else is."""
+    result, right = ({"weight": torch.full((4, 3), x, dtype=torch.float64)} for x in (g, y))
+    assert AllClose(**tolerances).judge(result, right, [right], no_draw, per_sample=True).agrees is agrees
+
+
 def test_zero_gradients_agree_with_zeros() -> None:
     zero = {"weight": torch.zeros(N, 3, dtype=torch.float64)}
-    for exact in (AllClose(atol=0), AllClose(atol=0, rtol=0)):
-        assert exact.judge(zero, zero, [zero], no_draw, per_sample=True).agrees
-        assert not exact.judge({"weight": zero["weight"] + 1e-9}, zero, [zero], no_draw, per_sample=True).agrees
     assert Calibrated().judge(rounded(zero), zero, [rounded(zero)], no_draw, per_sample=True).agrees
 
 

@@ -2,17 +2,24 @@
 
 import importlib
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from backends import variants
+from backends import get_backend, variants
+from backends.base import Backend, GradsFn, LossFn, Named, register
 from testbed.__main__ import main
 from testbed.calibrate import PLANTED, Tally, calibrate
 from testbed.precision import cancellation, measure
 from testbed.problems import make_problem
+from testbed.records import EXIT_FAILED, EXIT_OK, EXIT_WRONG
+from testbed.samples import choose
+from testbed.truth import FEW
 
 CAUGHT = {"float64": 1e-8, "float32": 1e-4, "bfloat16": 0.11}  # what must be caught at the latest
 
@@ -68,10 +75,51 @@ def test_precision_has_an_error_for_each_sample() -> None:
     problem = make_problem("mlp", "random", "nll", batch_size=5)
     found = measure(problem, ["float32", "float64"])
     assert len(found) == 2 * len(variants("grads"))
-    assert all(e.agrees and len(e.relative) in (0, 5) for e in found)
+    assert {(e.status, len(e.relative), len(e.samples)) for e in found} <= {("ok", 5, 5), ("unsupported", 0, 0)}
     exact = max(max(e.relative) for e in found if e.dtype == "float64")
     coarse = min(max(e.relative) for e in found if e.dtype == "float32")
     assert exact < 1e-12 < coarse < 1e-4
+
+
+def test_precision_names_the_samples_it_has_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("testbed.truth.BUDGET", 0)
+    problem = make_problem("mlp", "random", "nll", batch_size=3 * FEW)
+    (found,) = measure(problem, ["float32"], [("naive", {})])
+    index = choose(problem.n, FEW)
+    assert index is not None
+    assert found.samples == tuple(index.tolist())
+    assert len(found.relative) == FEW
+
+
+def fails(error: Exception) -> Named:
+    raise error
+
+
+ENDINGS: dict[str, tuple[Callable[[Named], Named], str, str, int]] = {
+    "a form that cannot be compared": (lambda g: {}, "disagrees", "2 of 2 parameters are missing", EXIT_WRONG),
+    "NaN": (lambda g: {k: t / 0 for k, t in g.items()}, "nonfinite", "nonfinite numbers", EXIT_WRONG),
+    "no memory": (lambda g: fails(MemoryError("no room")), "oom", "no room", EXIT_FAILED),
+    "an error without words": (lambda g: fails(RuntimeError()), "unsupported", "RuntimeError", EXIT_OK),
+    "a mistake in a backend": (lambda g: fails(KeyError("x")), "error", "KeyError: 'x'", EXIT_FAILED),
+}
+
+
+@pytest.mark.parametrize(("makes", "status", "reason", "code"), ENDINGS.values(), ids=ENDINGS)
+def test_precision_says_what_became_of_a_backend(
+    makes: Callable[[Named], Named], status: str, reason: str, code: int, tmp_path: Path, capsys: Any
+) -> None:
+    @register("planted")
+    @dataclass(frozen=True)
+    class Planted(Backend):
+        def grads(self, model: nn.Module, loss_fn: LossFn) -> GradsFn:
+            plain = get_backend("naive").grads(model, loss_fn)
+            return lambda inputs, targets: makes(plain(inputs, targets))
+
+    experiment = tmp_path / "e.yaml"
+    experiment.write_text("model: logistic\ndata: {random: {shape: [4], classes: 3}}\nloss: nll\nbatch_size: 4\n")
+    chosen = ["--set", "backends=[naive, planted]", "--dtype", "float32", "--out", str(tmp_path / "run")]
+    assert main(["precision", str(experiment), *chosen]) == code
+    assert f"planted in float32: {status}: {reason}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_precision_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,7 +136,7 @@ def test_precision_says_why_a_backend_refuses(tmp_path: Path, capsys: pytest.Cap
     chosen = ["--set", "backends=[backpack]", "--dtype", "float32", "--out", str(tmp_path / "run")]
     assert main(["precision", str(experiment), *chosen]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "backpack in float32 refuses: parameter `blocks.0.norm1.weight`: BackPACK computes no" in said
+    assert "backpack in float32: unsupported: parameter `blocks.0.norm1.weight`: BackPACK computes no" in said
 
 
 @pytest.mark.parametrize(("command", "file"), [("calibrate", "calibration.json"), ("precision", "precision.json")])

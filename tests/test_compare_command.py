@@ -108,16 +108,19 @@ def test_across_devices_seconds_count(run: Any) -> None:
     assert "2 better." in out
 
 
+def test_what_disturbed_a_run_is_no_difference_of_its_environment() -> None:
+    old, new = (record(environment=MACHINE | {"disturbances": d}) for d in (["other programs used 1.0 of 2 cores"], []))
+    assert differences([old], [new]) == {}
+
+
 def test_differences_come_first(run: Any) -> None:
     new = [replace(r, environment=MACHINE | {"threads": 8, "versions": {"torch": "10"}}) for r in BEFORE]
     lines = run(BEFORE, new)[1].splitlines()
     assert lines[2:5] == ["environment:", "  threads: 1 → 8", "  versions.torch: 9.9 → 10"]
 
 
-def test_what_is_momentary_is_no_difference() -> None:
+def test_momentary_clocks_are_no_difference() -> None:
     old, new = (record(environment=MACHINE | {"gpu": {"name": "Loom", "clocks": c}}) for c in ("1 MHz", "2 MHz"))
-    assert differences([old], [new]) == {}
-    old, new = (record(environment=MACHINE | {"disturbances": d}) for d in (["other programs ran"], []))
     assert differences([old], [new]) == {}
 
 

@@ -13,8 +13,9 @@ from backends.base import Unsupported, trainable
 from backends.batch import call, tensors
 from backends.running import batch_gradient
 from testbed.conformance.case import Case
-from testbed.conformance.layers import layer_cases, parametrised_layers, uncovered
+from testbed.conformance.layers import layer_cases
 from testbed.conformance.models import model_cases
+from tests.uncovered import parametrised_layers, uncovered
 
 CASES = layer_cases() + model_cases()
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from testbed.__main__ import main
+from testbed.conformance.capabilities import BEGIN, END
 from testbed.conformance.sweep import _Bench, choose_cases, choose_cells
 from testbed.records import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, EXIT_WRONG, read_records
 from tests.conftest import kept_registries
@@ -158,7 +159,6 @@ def test_all_quantities_are_one_line_where_they_are_alike(command: Any) -> None:
         (("--quantity", "norm"), "unknown quantity 'norm' (did you mean 'norms'?); available: "),
         (("--plugin", "nowhere.py"), "nowhere.py: FileNotFoundError: no plugin file nowhere.py"),
         (("--write-table", "nowhere.md"), "--write-table nowhere.md: cannot be read"),
-        (("--write-table", PLANTED), "it has no <!-- capabilities --> and <!-- /capabilities --> to write between"),
         (("--write-table", PLANTED, "--layer", "Linear"), "leave out --layer"),
         (("--write-table", PLANTED, "--device", "auto"), "leave out --device"),
         pytest.param(
@@ -173,6 +173,15 @@ def test_usage_errors_are_one_line_and_run_nothing(command: Any, arguments: Sequ
     assert done.code == EXIT_USAGE
     assert message in done.err
     assert done.err.count("\n") == 1
+    assert done.records == []
+
+
+@pytest.mark.parametrize("text", ["", BEGIN, END, f"{END} {BEGIN}"])
+def test_a_table_has_its_place_before_anything_runs(command: Any, text: str, tmp_path: Path) -> None:
+    (tmp_path / "table.md").write_text(text, encoding="utf-8")
+    done = command("--write-table", str(tmp_path / "table.md"))
+    assert done.code == EXIT_USAGE
+    assert done.err.endswith("table.md: it has no <!-- capabilities --> … <!-- /capabilities --> to write between\n")
     assert done.records == []
 
 

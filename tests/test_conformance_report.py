@@ -3,8 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
 from testbed.conformance import capabilities
 from testbed.conformance.report import WIDTH, counts, details, matrix, report, tally
 from testbed.records import Record
@@ -64,6 +62,3 @@ def test_the_table_is_written_between_its_markers(tmp_path: Path) -> None:
     capabilities.write(file, "| new |")
     assert file.read_text() == f"above\n{capabilities.BEGIN}\n| new |\n{capabilities.END}\nbelow\n"
     assert capabilities.read(file) == "| new |"
-    file.write_text("no markers")
-    with pytest.raises(ValueError, match="has no"):
-        capabilities.write(file, "")

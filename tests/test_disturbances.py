@@ -4,12 +4,16 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import psutil
+import pynvml
 import pytest
 import torch
 
+from testbed import nvml
 from testbed.disturbances import Clock, Watch, others, stolen, throttled
+from testbed.environment import device_name, environment
 
 
 @pytest.mark.parametrize(
@@ -36,7 +40,43 @@ def test_another_program_is_noticed_and_our_own_is_not() -> None:
         alone, together = (Watch(torch.device("cpu"), pids) for pids in ([os.getpid()], [os.getpid(), busy.pid]))
         while psutil.Process(busy.pid).cpu_times().user < 0.5:  # on a busy machine it has to wait for its turn
             sum(i * i for i in range(10**6))
-        noticed, own = alone._used(), together._used()
-        busy.kill()
+        noticed, own, said = alone._used(), together._used(), alone.sentences()
+        busy.kill()  # one that has ended, and was waited for, would count as this process' own
     assert own > noticed
-    assert any(sentence.startswith("other programs used") for sentence in alone.sentences())
+    assert any(sentence.startswith("other programs used") for sentence in said)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Stand for a machine with two GPUs, of which PyTorch sees the second one."""
+    about = SimpleNamespace(name="H200", total_memory=1, major=9, minor=0, uuid="b")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
+    clocks = {("GPU-a", 1): 100, ("GPU-a", 2): 101, ("GPU-b", 1): 200, ("GPU-b", 2): 201}
+    for name, stub in {
+        "Init": lambda: None,
+        "SystemGetDriverVersion": lambda: "1.2.3",
+        "DeviceGetHandleByUUID": lambda uuid: uuid,
+        "DeviceGetClockInfo": lambda gpu, which: clocks[gpu, which],
+        "DeviceGetMaxClockInfo": lambda gpu, which: 10 * clocks[gpu, which],
+    }.items():
+        monkeypatch.setattr(pynvml, f"nvml{name}", stub)
+    nvml.driver.cache_clear()
+    yield
+    nvml.driver.cache_clear()
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_the_environment_is_of_the_gpu_that_is_computed_on() -> None:
+    found = environment(torch.device("cuda"))
+    assert (found["gpu"]["driver"], found["gpu"]["clocks"]) == ("1.2.3", "200 MHz, 201 MHz, 2000 MHz")
+    assert device_name(found) == f"H200 (CUDA {torch.version.cuda}, driver 1.2.3)"
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_what_nvml_cannot_say_is_left_unsaid(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(*_: object) -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", nothing)
+    found = environment(torch.device("cuda"))
+    assert (found["gpu"]["driver"], found["gpu"]["clocks"]) == (None, None)

@@ -17,7 +17,7 @@ from torch import nn
 from testbed.agreement import Calibrated
 from testbed.problems import Problem, ProblemError
 from testbed.processes import autopsy, child
-from testbed.processes.child import Child, Isolation, starter
+from testbed.processes.child import Child, Isolation, on_device, starter
 from testbed.processes.host import Setup
 from testbed.processes.serving import limit_memory
 from testbed.records import Record
@@ -205,8 +205,26 @@ def test_cause(code: int | None, said: str, oom_killed: bool, status: str, reaso
     assert "\n" not in found[1]
 
 
-def test_a_containers_memory_is_what_it_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, held in (("memory.max", 3 * 10**9), ("memory.current", 2 * 10**9)):
-        (tmp_path / name).write_text(f"{held}\n", encoding="utf-8")
-    monkeypatch.setattr(child, "CGROUP", tmp_path / "memory.max")
-    assert child.on_device(Isolation(60.0), torch.device("cpu")).memory_gb == 0.9
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        ({}, 9),
+        ({"max": "max"}, 9),
+        ({"max": "8000000000", "current": "2000000000"}, 5.4),
+        (
+            {"max": "8000000000", "current": "7000000000", "stat": "anon 1\ninactive_file 5000000000\nactive_file 9"},
+            5.4,
+        ),
+        ({"max": "99000000000", "current": "2000000000"}, 9),
+    ],
+    ids=["no group", "no limit", "partly used", "used by files that were read", "more than there is"],
+)
+def test_on_a_cpu_the_limit_is_a_share_of_what_a_container_has_left(
+    files: dict[str, str], limit: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in files.items():
+        (tmp_path / f"memory.{name}").write_text(text, encoding="utf-8")
+    memory = SimpleNamespace(available=10**10, total=2 * 10**10)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+    monkeypatch.setattr("testbed.cgroup.FOLDER", str(tmp_path))
+    assert on_device(Isolation(), torch.device("cpu")).memory_gb == limit

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from backends.batch import call
-from testbed.api import problem_of
 from testbed.config.docs import README
 from testbed.config.experiment import Published
 from testbed.config.load import load_experiment
+from testbed.jobs import problem_of
 from testbed.problems import Problem, ProblemError
 from testbed.records import Record
 from testbed.report import Report
@@ -109,10 +109,6 @@ def test_ours_stands_beside_the_published_figure_by_backend_and_quantity() -> No
     assert "Paper (GPU): It is fast. vmap grads: published 3.00 × step / here 2.00 " in found
 
 
-def test_a_figure_of_no_quantity_in_particular_is_set_beside_the_cheapest() -> None:
-    assert "published 3.00 × step / here 2.00 " in shown({}, record("naive", 8), record("vmap", 2))
-
-
 def test_a_figure_relative_to_the_baseline_is_set_beside_that_ratio() -> None:
     r = record("vmap", 2)
     r.timing.update(baseline="naive", ratio=0.25, ratio_ci=[0.2, 0.3])
@@ -123,6 +119,12 @@ def test_a_figure_of_no_backend_here_is_set_beside_the_cheapest_right_one() -> N
     found = shown({"quantity": "grads"}, record("naive", 8), record("vmap", 2), record("opacus", None))
     assert "grads: published 3.00 × step / here 2.00 " in found
     assert "(vmap, N=" in found
+
+
+@pytest.mark.parametrize(("backend", "by"), [({"backend": "vmap"}, ""), ({}, "vmap, ")])
+def test_a_figure_of_no_quantity_is_set_beside_every_one(backend: dict[str, str], by: str) -> None:
+    found = shown(backend, record("naive", 8), record("vmap", 2), record("vmap", 4, "norms"))
+    assert re.search(rf"step / here 2\.00 .*\({by}grads, N=.*, 4\.00 .*\({by}norms, N=", found)
 
 
 @pytest.mark.parametrize("other", [{"quantity": "norms"}, {"backend": "opacus"}])

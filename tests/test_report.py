@@ -239,3 +239,12 @@ def test_html_has_every_table_and_the_summary() -> None:
 def test_record_of_an_earlier_version_is_shown() -> None:
     bare = Record("", "e", {}, "vmap", {}, "grads", "ok", "", {}, "", {}, {"median_s": 1.0}, {}, ENVIRONMENT)
     assert "vmap ok – 1 s ±0 %" in text(bare, Record(**{**vars(bare), "quantity": "norms"}))
+
+
+def test_warnings_that_differ_in_numbers_only_are_one_with_a_count() -> None:
+    r = record("vmap", 2)
+    r.phases["warnings"] = ["process 12 still runs", "another", "process 345 still runs"]
+    said = " ".join(str(Report([r])).split())
+    assert "vmap warns: process 12 still runs (2 such, with other numbers)." in said
+    assert "vmap warns: another." in said
+    assert "345" not in said

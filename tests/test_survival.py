@@ -1,7 +1,6 @@
 """However a run ends, what it has finished is on disk, nothing of it is left running, and it can be resumed."""
 
 import dataclasses
-import gc
 import json
 import os
 import shutil
@@ -219,20 +218,7 @@ class TestResume:
     def test_a_line_that_is_no_record(self, quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (quick / "run" / "results.jsonl").write_text("{}\n", encoding="utf-8")
         assert run(quick, "--resume", str(quick / "run")) == 2
-        assert "results.jsonl holds a line that is no record" in capsys.readouterr().err
-
-    def test_a_problem_that_cannot_be_made_has_its_records_and_is_not_run_again(self, tmp_path: Path) -> None:
-        """In processes of their own, which is part of what records are known by."""
-        text = QUICK.replace("naive, vmap, mine", "naive")
-        (tmp_path / "e.yaml").write_text(text, encoding="utf-8")
-        several = ["--set", "batch_size=[4, 100000]", "--set", "data=digits"]
-        run = str(tmp_path / "run")
-        assert main([str(tmp_path / "e.yaml"), "--out", run, *several]) == 2
-        found = records(tmp_path / "run")
-        assert [r.status for r in found] == ["ok", "ok", "unsupported", "unsupported"]
-        gc.collect()  # an error that was said holds on to the folder's lock
-        assert main(["--resume", run]) == 0
-        assert [r.cell for r in records(tmp_path / "run")] == [r.cell for r in found]
+        assert capsys.readouterr().err.endswith(f"--resume {quick / 'run'}: results.jsonl: line 1 is no record\n")
 
 
 @linux

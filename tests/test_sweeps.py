@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import testbed.__main__ as command_line
-from testbed.api import run_experiment
 from testbed.config.experiment import Experiment
 from testbed.config.load import load_experiment
-from testbed.problems import register_model
+from testbed.jobs import identities, run_experiment
+from testbed.problems import ProblemError, register_model
+from testbed.processes.child import Isolation
 from testbed.records import Record, read_records
 
 BASE = "data: {random: {shape: [5], classes: 3}}\nloss: nll\nbackends: [naive, vmap]\ndevice: cpu\n"
@@ -179,8 +180,11 @@ def test_dry_run_says_what_would_run_and_how_much_is_excluded(load: Any, tmp_pat
     ]
 
 
+UNMADE = FAST + "model: [logistic, simple_cnn, mlp]\nbatch_size: 2"
+
+
 def test_problem_that_cannot_be_made_costs_the_others_nothing(tmp_path: Path, capsys: Any) -> None:
-    code, records = run(tmp_path, FAST + "model: [logistic, simple_cnn, mlp]\nbatch_size: 2", "--in-process")
+    code, records = run(tmp_path, UNMADE, "--in-process")
     assert code == 2
     assert capsys.readouterr().err.endswith("takes 1×28×28 inputs with 10 outputs, the data has 5 with 3\n")
     assert [(r.problem["model"], r.status) for r in records] == [
@@ -193,7 +197,25 @@ def test_problem_that_cannot_be_made_costs_the_others_nothing(tmp_path: Path, ca
     }
 
 
-def test_interrupt_leaves_a_record_of_every_cell(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+ISOLATIONS = pytest.mark.parametrize("isolation", [None, Isolation()], ids=["in this process", "in children"])
+
+
+@ISOLATIONS
+def test_problem_that_cannot_be_made_gives_records_that_resume_knows(load: Any, isolation: Isolation | None) -> None:
+    experiment = load(UNMADE)
+    wanted = identities(experiment, torch.device("cpu"), isolation)
+    records: list[Record] = []
+
+    def emit(record: Record, _: str) -> None:
+        records.append(record)
+
+    with pytest.raises(ProblemError):
+        run_experiment(experiment, "e", torch.device("cpu"), emit, None, isolation, finished=wanted[:3])
+    assert [r.cell for r in records] == wanted[3:]
+
+
+@ISOLATIONS
+def test_interrupt_leaves_a_record_of_every_cell(load: Any, isolation: Isolation | None) -> None:
     experiment = load(FAST + MODEL + "batch_size: [2, 3, 4]")
     records: list[Record] = []
 
@@ -210,10 +232,11 @@ def test_interrupt_leaves_a_record_of_every_cell(load: Any, monkeypatch: pytest.
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_experiment(experiment, "e", torch.device("cpu"), emit, Stop())
+        run_experiment(experiment, "e", torch.device("cpu"), emit, Stop(), isolation)
     assert [(n, status) for _, n, _, status in ran(records)] == [
         (n, status) for n, status in ((2, "ok"), (3, "interrupted"), (4, "interrupted")) for _ in ("naive", "vmap")
     ]
+    assert [r.cell for r in records] == identities(experiment, torch.device("cpu"), isolation)
 
 
 def test_precision_looks_at_one_problem(load: Any, tmp_path: Path, capsys: Any) -> None:

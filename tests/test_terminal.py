@@ -56,7 +56,7 @@ def test_a_comparison_keeps_verdicts_and_ratios(width: int) -> None:
 
 @pytest.mark.parametrize("width", WIDTHS[1:])
 def test_precision_keeps_exponents_and_names(width: int) -> None:
-    found = [Errors(name, "bfloat16", (0, 1), (1.2e-07, 3.4e-05), (), True, "") for name in NAMES]
+    found = [Errors(name, "bfloat16", "ok", "", (0, 1), (1.2e-07, 3.4e-05)) for name in NAMES]
     shown = console(width)
     precision._show(found, (), shown)
     table = printed(shown).split("Norms by")[0]

@@ -115,9 +115,8 @@ def _refuse_part_of_a_table(parser: argparse.ArgumentParser, options: argparse.N
             raise ConfigError(
                 f"--write-table: the table is of all backends and cases, grads, on a CPU; leave out --{name}"
             )
-    text = _text_of(options.write_table)
-    if capabilities.END not in text.partition(capabilities.BEGIN)[2]:
-        between = f"{capabilities.BEGIN} and {capabilities.END}"
+    if not capabilities.has_place(_text_of(options.write_table)):
+        between = f"{capabilities.BEGIN} … {capabilities.END}"
         raise ConfigError(f"--write-table {options.write_table}: it has no {between} to write between")
 
 

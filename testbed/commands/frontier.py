@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.text import Text
 
 from backends.base import first_line
-from testbed.api import isolated
 from testbed.commands.arguments import directory, names
 from testbed.commands.plugins import add_plugin, load_plugins
 from testbed.config.experiment import resolve_device
 from testbed.config.load import load_experiment
 from testbed.config.yaml_source import ConfigError
 from testbed.frontier import MOST, PRECISION, Explorer, Frontier, plan
+from testbed.jobs import isolated
 from testbed.problems import ProblemError
 from testbed.processes.child import on_device
 from testbed.progress import progress

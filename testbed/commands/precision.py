@@ -13,15 +13,15 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from testbed.api import problem_of, set_precision
 from testbed.commands.arguments import directory, names
 from testbed.commands.plugins import add_plugin, load_plugins
 from testbed.config.experiment import resolve_device
 from testbed.config.load import load_experiment
 from testbed.config.yaml_source import ConfigError
+from testbed.jobs import problem_of, set_precision
 from testbed.precision import Cancellation, Errors, cancellation, measure
 from testbed.progress import progress
-from testbed.records import EXIT_OK, EXIT_WRONG
+from testbed.records import EXIT_FAILED, EXIT_OK, EXIT_WRONG, FAILED, WRONG
 from testbed.report.terminal import print_table
 from testbed.run_folder import RunFolder
 
@@ -30,7 +30,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; exit code 1 where a backend disagrees."""
+    """Run the command; exit code 1 where a backend is wrong, else 3 where one fails."""
     parser = argparse.ArgumentParser(
         prog="python -m testbed precision",
         description="Show how far every backend is from the float64 truth, sample by sample, in several dtypes.",
@@ -70,14 +70,15 @@ def main(arguments: Sequence[str]) -> int:
             _show(found, lost, Console())
             _save(found, lost, kept.path)
             print(f"data and picture in {kept.path}")
-    return EXIT_OK if all(e.agrees for e in found) else EXIT_WRONG
+    codes = {EXIT_WRONG if e.status in WRONG else EXIT_FAILED if e.status in FAILED else EXIT_OK for e in found}
+    return next(code for code in (EXIT_WRONG, EXIT_FAILED, EXIT_OK) if code in codes)
 
 
 def _show(found: Sequence[Errors], lost: Sequence[Cancellation], console: Console) -> None:
     header, rows = ("dtype", "backend", "median", "95 %", "largest", "ill-conditioned"), list[list[str]]()
     for e in found:
         if not e.relative:
-            rows.append([e.dtype, e.backend, "–", "–", "–", "refused" if e.agrees else "wrong"])
+            rows.append([e.dtype, e.backend, "–", "–", "–", e.status])
             continue
         ordered = sorted(e.relative)
         p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
@@ -88,8 +89,7 @@ def _show(found: Sequence[Errors], lost: Sequence[Cancellation], console: Consol
     print_table(console, header, rows, left=header[:2], fold=header[1:2], words=header[-1:], drop=drop, gap=1)
     for e in found:
         if e.reason:
-            does = "disagrees" if not e.agrees else "refuses"
-            console.print(Text(f"{e.backend} in {e.dtype} {does}: {e.reason}"))
+            console.print(Text(f"{e.backend} in {e.dtype}: {e.status}: {e.reason}"))
     console.print("\nNorms by Gram, where activations are nearly constant over 1024 positions:")
     for c in lost:
         negative = f"; {c.negative} of 16 squared norms come out negative" if c.negative else ""
@@ -109,7 +109,7 @@ def _save(found: Sequence[Errors], lost: Sequence[Cancellation], folder: Path) -
     for row, e in enumerate(reversed(shown)):
         floor = [max(x, 1e-18) for x in e.relative]
         axes.plot(floor, [row] * len(floor), "|", ms=12, alpha=0.6, color="C0")
-        kinks = [error for sample, error in zip(e.samples, floor, strict=True) if sample in e.ill_conditioned]
+        kinks = [floor[e.samples.index(i)] for i in e.ill_conditioned]
         axes.plot(kinks, [row] * len(kinks), "o", mfc="none", color="C3", label="ill-conditioned" if not row else None)
     axes.set_yticks(range(len(shown)), [f"{e.backend}, {e.dtype}" for e in reversed(shown)])
     axes.set(xscale="log", xlabel="error of a sample's gradient, relative to its norm (circled: ill-conditioned)")

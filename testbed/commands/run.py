@@ -11,12 +11,12 @@ import torch
 from rich.console import Console
 
 import testbed
-from testbed.api import about_problem, identities, isolated, run_experiment, set_precision
 from testbed.commands.arguments import directory, names
 from testbed.commands.plugins import add_plugin, load_plugins
 from testbed.config.experiment import Experiment, resolve_device
 from testbed.config.load import load_experiment
 from testbed.config.yaml_source import ConfigError
+from testbed.jobs import about_problem, identities, isolated, run_experiment, set_precision
 from testbed.problems import ProblemError
 from testbed.progress import progress
 from testbed.records import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, EXIT_WRONG, Record, exit_code

@@ -1,6 +1,6 @@
 """YAML → `Experiment`: sweeps are written out, and every mistake is one line with its place."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import filterfalse
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +18,6 @@ from testbed.config.sizes import apply_size, of_size
 from testbed.config.yaml_source import ConfigError, KeyPath, Source, read
 
 T = TypeVar("T", bound=BaseModel)
-Thing = Callable[..., Any]
 NESTED: dict[str, type[BaseModel]] = {"timing": Timing, "limits": Limits, "published": Published}
 """The mappings in an experiment that have keys of their own."""
 

@@ -48,17 +48,15 @@ def rows(text: str) -> dict[str, str]:
     return {line.split("|")[1].strip(): line for line in found}
 
 
-def write(file: Path, table: str) -> None:
-    """Put the table between the markers of a file.
+def has_place(text: str) -> bool:
+    """Return whether a file's text has both markers, in their order."""
+    return END in text.partition(BEGIN)[2]
 
-    Raises:
-        ValueError: The file has not both markers.
-    """
-    text = file.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"{file} has no {BEGIN} … {END}")
+
+def write(file: Path, table: str) -> None:
+    """Put the table between the markers of a file, which has both; see `has_place`."""
+    before, _, rest = file.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
     file.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
 
 

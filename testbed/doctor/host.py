@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 
+from testbed import cgroup
 from testbed.doctor.finding import Finding, bad, care, fine, unknown
 from testbed.doctor.machine import Machine
 from testbed.report import units
 
 CPU = "/sys/devices/system/cpu"
-CGROUP = "/sys/fs/cgroup"
 HOT = 90  # °C: most processors slow down a little above
 BUSY = 0.1  # share of all processors that others may use before it shows in the rounds
 STOLEN = 0.005
@@ -184,11 +184,7 @@ def virtual(machine: Machine) -> Iterator[Finding]:
 
 def memory(machine: Machine) -> Iterator[Finding]:
     """Memory that is left, to the machine and to the container."""
-    available, total = machine.load.memory
-    most = _int(machine.read(f"{CGROUP}/memory.max"))
-    if most is not None and most < total:
-        used = _int(machine.read(f"{CGROUP}/memory.current")) or 0
-        available, total = min(available, most - used), most
+    available, total = cgroup.memory(*machine.load.memory, read=machine.read)
     what = f"{units.size(available)} of {units.size(total)} free"
     if available < LITTLE:
         yield bad("memory", what, "the system takes pages away or ends the process", "end other programs")
@@ -212,8 +208,8 @@ def swap(machine: Machine) -> Iterator[Finding]:
 
 def _quota(machine: Machine) -> float | None:
     """Return the processors that a control group allows; None where it sets no limit."""
-    second = (machine.read(f"{CGROUP}/cpu.max") or "").split()
-    first = [machine.read(f"{CGROUP}/cpu/cpu.cfs_{name}_us") for name in ("quota", "period")]
+    second = (machine.read(f"{cgroup.FOLDER}/cpu.max") or "").split()
+    first = [machine.read(f"{cgroup.FOLDER}/cpu/cpu.cfs_{name}_us") for name in ("quota", "period")]
     pair = second if len(second) == 2 else first
     limit, period = (_int(text) for text in pair)
     return limit / period if limit and limit > 0 and period else None
@@ -221,7 +217,7 @@ def _quota(machine: Machine) -> float | None:
 
 def _stopped(machine: Machine) -> int:
     """Return how often the control group was stopped because its share was used up."""
-    text = machine.read(f"{CGROUP}/cpu.stat") or machine.read(f"{CGROUP}/cpu/cpu.stat") or ""
+    text = machine.read(f"{cgroup.FOLDER}/cpu.stat") or machine.read(f"{cgroup.FOLDER}/cpu/cpu.stat") or ""
     found = dict(line.split()[:2] for line in text.splitlines() if len(line.split()) >= 2)
     return _int(found.get("nr_throttled")) or 0
 

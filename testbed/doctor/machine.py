@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 
+from testbed.cgroup import read_file
+
 WATCHED_S = 1.0  # how long the processor is watched
 
 
@@ -39,10 +41,8 @@ class Machine:
 
     def read(self, path: str) -> str | None:
         """Return a file's text, stripped; None where it cannot be read."""
-        try:
-            return Path(path).read_text(encoding="utf-8", errors="replace").strip()
-        except OSError:
-            return None
+        text = read_file(path)
+        return None if text is None else text.strip()
 
     def read_all(self, pattern: str) -> list[str]:
         """Return the texts of the files that match a pattern below `/`."""

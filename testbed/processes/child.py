@@ -16,12 +16,12 @@ from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext, SpawnContext
-from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
 import torch
 
+from testbed import cgroup
 from testbed.attempt import Attempt
 from testbed.cell import Cell
 from testbed.outcome import Outcome
@@ -36,7 +36,6 @@ STARTUP_S = 300.0  # to import PyTorch and plug-ins on a machine that is busy; n
 CLOSING_S = 1.0  # between the end of a process' pipe and its own end
 FREE = 0.9  # of the memory that is free, for one child: the rest of the system goes on
 CPU = torch.device("cpu")
-CGROUP = Path("/sys/fs/cgroup/memory.max")
 PRELOADED = ["testbed.processes.serving", "torch._dynamo"]  # the compiler: `torch.func` and optimizers load it
 WORDS = {
     "make": "making the problem",
@@ -72,9 +71,8 @@ def on_device(isolation: Isolation, device: torch.device) -> Isolation:
     isolation = replace(isolation, device=device)
     if isolation.memory_gb is not None or device.type != "cpu":
         return isolation
-    free = psutil.virtual_memory().available
-    with suppress(OSError, ValueError):  # "max" is no number
-        free = min(free, int(CGROUP.read_text()) - int(CGROUP.with_name("memory.current").read_text()))
+    memory = psutil.virtual_memory()
+    free, _ = cgroup.memory(memory.available, memory.total)
     return replace(isolation, memory_gb=round(FREE * free / BYTES, 1))
 
 

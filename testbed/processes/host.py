@@ -211,4 +211,4 @@ class Host:
         if not random_dropouts(problem.model):
             return problem, {}
         masked = with_masks(problem, self.setup.seed)
-        return masked, {"dropout": "the same masks for every backend"} if masked is not problem else {}
+        return masked, {} if masked is problem else {"dropout": "the same masks for every backend"}

@@ -6,6 +6,7 @@ import json
 import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -159,7 +160,7 @@ def _tables(runs: Sequence[Run]) -> list[Table]:
     for run in runs:
         for t in Report(run.records).tables():
             title = f"{run.name}: {t.title}" if len(runs) > 1 else t.title
-            found.append(Table(title, t.header, t.rows, t.notes))
+            found.append(replace(t, title=title))
     return found
 
 

@@ -1,7 +1,7 @@
 """Rows → figures: each with its data as a table, its text for those who cannot see it, and PNG and SVG for a paper."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -202,7 +202,7 @@ def _named(figure: Figure, number: int, quantity: str) -> Figure:
     """Return the figure with a file name of its own."""
     words = "".join(c if c.isalnum() else "-" for c in quantity).strip("-")
     name = "-".join([figure.name, *([f"{number:02d}", words] if number else [])])
-    return Figure(name, *(getattr(figure, key) for key in list(figure.__dataclass_fields__)[1:]))
+    return replace(figure, name=name)
 
 
 def _largest_batch(rows: Sequence[Row]) -> list[Row]:

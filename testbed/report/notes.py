@@ -1,5 +1,6 @@
 """What the table cannot say, in plain words."""
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -110,7 +111,13 @@ def _compiled(records: Sequence[Record]) -> list[str]:
 
 
 def _warnings(records: Sequence[Record]) -> list[str]:
-    return [f"{r.label} warns: {warning}." for r in records for warning in r.phases.get("warnings", ())]
+    """Return each warning; those that differ in numbers only, such as that of a process, as one with a count."""
+    alike: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for r in records:
+        for warning in r.phases.get("warnings", ()):
+            alike[r.label, re.sub(r"\d+", "0", warning)].append(warning)
+    more = {key: f" ({len(found)} such, with other numbers)" if len(found) > 1 else "" for key, found in alike.items()}
+    return [f"{label} warns: {found[0]}{more[label, form]}." for (label, form), found in alike.items()]
 
 
 def _checked(records: Sequence[Record]) -> list[str]:

@@ -2,15 +2,15 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
 from backends.base import first_line
+from testbed.environment import flat
 from testbed.records import Record
 from testbed.report import columns, draw, units
 from testbed.report.figures import Figure, figures
@@ -136,19 +136,8 @@ def side_by_side(runs: Sequence[Run], rows: Sequence[Row]) -> dict[str, dict[str
 
 def settings(runs: Sequence[Run]) -> dict[str, list[str]]:
     """Return {setting: its value in each run}: machine, versions, commit."""
-    found = [flat(run.records[0].environment) for run in runs]
+    found = [flat(run.records[0].environment, ("backend_source", "disturbances")) for run in runs]
     return {key: [one.get(key, "–") for one in found] for key in dict.fromkeys(key for one in found for key in one)}
-
-
-def flat(environment: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return an environment as {dotted key: text}, without what belongs to one backend."""
-    found: dict[str, str] = {}
-    for key, value in environment.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
-        elif key != "backend_source":
-            found[prefix + key] = str(value)
-    return found
 
 
 def _median(row: Row) -> str:

@@ -32,14 +32,20 @@ def _figures(found: Published, records: Sequence[Record]) -> str:
 
 
 def _same(found: Published, records: Sequence[Record]) -> Iterator[Record]:
-    """Yield the records of the same backend and quantity; where no backend is named, of the cheapest right one."""
-    mine = [r for r in records if r.status == "ok"]
-    quantity = [r for r in mine if found.quantity in (None, r.quantity, r.quantity.partition("(")[0])]
+    """Yield the records of the same backend and quantity; where no backend is named, of the cheapest right one.
+
+    A figure that names no quantity is held against every one that was measured.
+    """
+    right = [r for r in records if r.status == "ok"]
+    right = [r for r in right if found.quantity in (None, r.quantity, r.quantity.partition("(")[0])]
     if found.backend:
-        yield from (r for r in quantity if found.backend in (r.label, r.backend))
+        yield from (r for r in right if found.backend in (r.label, r.backend))
         return
-    for problem in dict.fromkeys(str(r.problem) for r in quantity):
-        yield min((r for r in quantity if str(r.problem) == problem), key=lambda r: r.timing.get("median_s", math.inf))
+    cells: dict[tuple[str, str], list[Record]] = {}
+    for r in right:
+        cells.setdefault((str(r.problem), r.quantity), []).append(r)
+    for group in cells.values():
+        yield min(group, key=lambda r: r.timing.get("median_s", math.inf))
 
 
 def _ours(found: Published, r: Record) -> str:
@@ -47,7 +53,7 @@ def _ours(found: Published, r: Record) -> str:
     if not against or not against.get("ratio"):
         return ""
     measured = f"{units.ratio(against['ratio'])}{units.interval(against.get('ratio_ci'))}"
-    by = "" if found.backend else f"{r.label}, "
+    by = ("" if found.backend else f"{r.label}, ") + ("" if found.quantity else f"{r.quantity}, ")
     return f"{measured} ({by}N={r.problem['batch_size']}, {device_name(r.environment)})"
 
 
