@@ -20,11 +20,16 @@ from tests.test_passes import LAYOUTS
 
 pytestmark = pytest.mark.usefixtures("own_random_state")
 
+OF_TORCH = DEVICE.type == "cpu"
+"""Whether recurrent layers draw by torch's generator. On CUDA, cuDNN has one of its own; these run under vmap then."""
+
 MODELS: dict[str, tuple[Callable[[Any, Tensor], Tensor], bool]] = {
     "dropout": (lambda s, x: s.b(F.dropout(s.a(x).tanh())), True),
     "channels": (lambda s, x: s.b(F.dropout1d(s.a(x).tanh(), 0.3)), True),
     "attention": (lambda s, x: s.a(F.scaled_dot_product_attention(s.a(x), s.b(x), x, dropout_p=0.3)), True),
-    "an LSTM": (lambda s, x: s.lstm(s.a(x))[0], False),
+    "an LSTM": (lambda s, x: s.lstm(s.a(x))[0], OF_TORCH),
+    "a GRU, both ways": (lambda s, x: s.gru(s.a(x).transpose(0, 1))[0].transpose(0, 1), OF_TORCH),
+    "a GRU, centred": (lambda s, x: s.gru(((h := s.a(x)) - h.mean(0)).transpose(0, 1))[0].transpose(0, 1), False),
     "a layer of attention": (lambda s, x: s.m(h := s.a(x), h, h, need_weights=False)[0], True),
     "a layer of attention, with weights": (lambda s, x: s.m(h := s.a(x), h, h)[0], True),
     "a layer of attention, centred": (lambda s, x: s.m(h := s.a(x) - s.a(x).mean(0), h, h)[0], False),
@@ -48,6 +53,7 @@ def model_of(forward: Callable[..., Tensor]) -> nn.Module:
         "e": nn.Embedding(6, 5),
         "m": nn.MultiheadAttention(5, 1, dropout=0.4, batch_first=True),
         "lstm": nn.LSTM(5, 3, 2, dropout=0.4, batch_first=True),
+        "gru": nn.GRU(5, 3, 3, dropout=0.4, bidirectional=True),
     }
     model = Functional(forward, **layers)
     model.shared = nn.Parameter(real(1, 1, 5))

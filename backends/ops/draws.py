@@ -15,6 +15,7 @@ from backends.base import Named
 from backends.batch import size
 from backends.ops.few import Sample, alone, copied, row
 from backends.ops.near import near
+from backends.ops.recurrent import KINDS
 from backends.ops.rules import OVER_THE_BATCH
 from backends.running import kept_buffers, seeded
 from backends.shortage import lack_of_memory
@@ -32,6 +33,9 @@ PLAIN = {
 }
 DROPOUT = PLAIN | {F.scaled_dot_product_attention}
 """Ops that draw for dropout only."""
+
+WITHIN = {F.multi_head_attention_forward, *(kind.layer for kind in KINDS.values())}
+"""Layers that are one function to a mode, and drop in its midst."""
 
 PROBABILITY = 4  # where `dropout_p` stands among the arguments of attention
 
@@ -64,13 +68,15 @@ def without_dropout() -> TorchFunctionMode:
     return _WithoutDropout()
 
 
-class _SeesThroughAttention(TorchFunctionMode, ABC):
-    """Takes over what a layer of attention calls, too: it drops in the midst of what is one function to a mode."""
+class _SeesWithin(TorchFunctionMode, ABC):
+    """Takes over what layers of attention and recurrent ones call, too."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
-        if func is F.multi_head_attention_forward:
+        if func in WITHIN:
             with self:
-                return OVER_THE_BATCH[func].function(*args, **(kwargs or {}))
+                found = OVER_THE_BATCH[func].function(*args, **(kwargs or {}))
+            if found is not NotImplemented:
+                return found
         return self.of(func, args, kwargs or {})
 
     @abstractmethod
@@ -78,7 +84,7 @@ class _SeesThroughAttention(TorchFunctionMode, ABC):
         """Return what an op returns."""
 
 
-class _WithoutDropout(_SeesThroughAttention):
+class _WithoutDropout(_SeesWithin):
     def of(self, func: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
         if func in PLAIN:
             return args[0] if args else kwargs["input"]
@@ -89,7 +95,7 @@ class _WithoutDropout(_SeesThroughAttention):
         return func(*args, **kwargs)
 
 
-class _Drawing(_SeesThroughAttention):
+class _Drawing(_SeesWithin):
     """Notices whether something draws by torch, but for dropout."""
 
     def __init__(self, device: torch.device) -> None:
