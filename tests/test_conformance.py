@@ -83,6 +83,15 @@ def test_no_cell_is_wrong_or_an_error(grads: list[Record]) -> None:
     assert of_kind(grads, "wrong", "error") == []
 
 
+def test_bookkeeping_runs_whatever_the_loop_runs(grads: list[Record], others: list[Record]) -> None:
+    """As the README has it."""
+    loops = {r.problem["case"] for r in grads if r.backend == reference() and r.status == "ok"}
+    assert loops
+    mine = [r for r in [*grads, *others] if r.backend == "bookkeeping" and r.problem["case"] in loops]
+    assert mine
+    assert described([r for r in mine if r.status != "ok"]) == []
+
+
 def test_no_cell_of_the_other_quantities_is_wrong_or_an_error(others: list[Record]) -> None:
     assert of_kind(others, "wrong", "error") == []
 

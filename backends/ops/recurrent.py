@@ -81,7 +81,7 @@ def _recurrent(run: Run) -> Callable[..., Any]:
         bidirectional: bool,
         batch_first: bool,
     ) -> Any:  # noqa: ANN401  a tuple, or NotImplemented
-        if not isinstance(batch_first, bool):
+        if not isinstance(has_biases, bool):
             return NotImplemented  # the signature for packed sequences, which have no samples one can see
         x = input.transpose(0, 1) if batch_first else input
         states = [state] if isinstance(state, Tensor) else list(state)
