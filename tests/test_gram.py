@@ -74,8 +74,8 @@ def test_three_dimensions_are_as_one() -> None:
     ],
 )
 def test_pixels_are_multiplied_with_those_that_share_a_place(window: Window, expected: int) -> None:
-    assert pairs(1, [window]) == expected
-    assert pairs(3, [window, Window(1, 1, 0, 1, 5, 5)]) == 9 * expected * 25
+    assert pairs(1, (window,)) == expected
+    assert pairs(3, (window, Window(1, 1, 0, 1, 5, 5))) == 9 * expected * 25
 
 
 def test_sums_say_where_their_rounding_may_show() -> None:

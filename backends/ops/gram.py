@@ -9,6 +9,7 @@ one dimension after another: for K places of the kernel, a K-th of the multiplic
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from math import prod
 
@@ -49,7 +50,8 @@ class Window:
         return sum(len(range(first, self.pixels, self.stride)) ** 2 for first in self.shifts())
 
 
-def pairs(images: int, windows: Sequence[Window]) -> int:
+@lru_cache
+def pairs(images: int, windows: tuple[Window, ...]) -> int:
     """Return how many pairs of pixels of a sample of so many images `products_of_patches` multiplies."""
     return images**2 * prod(window.pairs() for window in windows)
 
