@@ -22,9 +22,12 @@ from backends.base import (
     Named,
     TensorFn,
     Unsupported,
+    Wrong,
     describe,
     guarded,
     own_copy,
+    owns_trained,
+    refuse_wrong,
     register,
     trainable,
 )
@@ -33,9 +36,6 @@ from backends.module_calls import Shape, collect, pads_unlike_zeros, per_sample,
 from backends.probe import Hooked
 from backends.running import library_call
 from backends.verify import few_of, verify_rows
-
-Wrong = Callable[[nn.Module], str | None]
-"""A layer -> why BackPACK would be silently wrong on it, or None; the case that proves it stands beside it."""
 
 
 @register("backpack", requires={"backpack": "backpack-for-pytorch"})
@@ -163,7 +163,8 @@ def _extended(
     watching = watcher("BackPACK", model, _hooked)
     original, model = model, own_copy(model)
     parameters = trainable(model)
-    _refuse_options(model, rules)
+    for path, module in _trained(model):
+        refuse_wrong(path, module, rules)
     counts: dict[str, int] = {}
     for path, module in _trained(model):
         extend(module)
@@ -213,16 +214,8 @@ def _refuse_others(counts: Mapping[str, int], samples: int) -> None:
 
 def _trained(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the modules that own parameters which are trained, with their paths: those that are extended."""
-    return [(path, m) for path, m in model.named_modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
+    return [(path, module) for path, module in model.named_modules() if owns_trained(module)]
 
 
 def _hooked(model: nn.Module) -> list[Hooked]:
     return [Hooked(module) for _, module in _trained(model)]
-
-
-def _refuse_options(model: nn.Module, rules: Sequence[Wrong]) -> None:
-    """Refuse the layer options that BackPACK does not look at."""
-    for path, module in _trained(model):
-        for wrong in rules:
-            if guarded() and (reason := wrong(module)):
-                raise Unsupported(f"{describe(path, module, options=True)}: {reason}")

@@ -37,11 +37,14 @@ from backends.derived import norms_of as norms_of
 from backends.derived import rows_of as rows_of
 from backends.refusals import Unavailable as Unavailable
 from backends.refusals import Unsupported as Unsupported
+from backends.refusals import Wrong as Wrong
 from backends.refusals import describe as describe
 from backends.refusals import first_line as first_line
 from backends.refusals import first_line_of as first_line_of
 from backends.refusals import guarded as guarded
+from backends.refusals import owns_trained as owns_trained
 from backends.refusals import refuse_impure
+from backends.refusals import refuse_wrong as refuse_wrong
 from backends.refusals import unguarded as unguarded
 from backends.registry import Registry
 

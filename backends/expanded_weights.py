@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from backends.base import Backend, GradsFn, LossFn, Named, Unsupported, describe, guarded, own_copy, register, trainable
+from backends.base import Backend, GradsFn, LossFn, Named, own_copy, owns_trained, refuse_wrong, register, trainable
 from backends.batch import Batch, call, detached, size
 from backends.expanded import expanded, normalises_anew, trains_padding
 from backends.module_calls import collect, watcher
@@ -30,7 +30,9 @@ class ExpandedWeights(Backend):
         watching = watcher("ExpandedWeights", model, functions=expanded, repeats=lambda module: True)
         plain, model = own_copy(model), own_copy(model)
         parameters = trainable(model)
-        _refuse_options(model)
+        for path, module in model.named_modules():
+            if owns_trained(module):
+                refuse_wrong(path, module, (trains_padding, normalises_anew))
 
         def fn(inputs: Batch, targets: Tensor) -> Named:
             inputs, targets = detached(inputs), detached(targets)
@@ -47,12 +49,3 @@ class ExpandedWeights(Backend):
                 return found
 
         return fn
-
-
-def _refuse_options(model: nn.Module) -> None:
-    """Refuse the layer options that ExpandedWeights get wrong."""
-    for path, module in model.named_modules():
-        if guarded() and any(p.requires_grad for p in module.parameters(recurse=False)):
-            for wrong in (trains_padding, normalises_anew):
-                if reason := wrong(module):
-                    raise Unsupported(f"{describe(path, module, options=True)}: {reason}")

@@ -23,6 +23,8 @@ from backends.base import (
     describe,
     guarded,
     own_copy,
+    owns_trained,
+    refuse_wrong,
     register,
     trainable,
 )
@@ -92,7 +94,7 @@ def _runner(what: Any, original: nn.Module, model: nn.Module, loss_fn: LossFn) -
     plain = own_copy(original)
     layers = LayerCollection()
     for path, module in model.named_modules():
-        if any(p.requires_grad for p in module.parameters(recurse=False)):
+        if owns_trained(module):
             _refuse_options(path, module)
             try:
                 layers.add_layer_from_model(model, module)
@@ -129,7 +131,7 @@ def _runner(what: Any, original: nn.Module, model: nn.Module, loss_fn: LossFn) -
 
 
 def _hooked(model: nn.Module) -> list[Hooked]:
-    return [Hooked(m) for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
+    return [Hooked(m) for m in model.modules() if owns_trained(m)]
 
 
 @contextmanager
@@ -147,9 +149,7 @@ def _refuse_options(path: str, layer: nn.Module) -> None:
     own = {name for name, _ in layer.named_parameters(recurse=False)}
     if not type(layer).__module__.startswith("torch.nn.") or own - {"weight", "bias"}:  # it goes by the type's name
         raise Unsupported(f"{describe(path, layer)}: NNGeometry has no rule for such a layer")
-    for wrong in (_pads_with_zeros, _ignores_groups, _ignores_eps):
-        if guarded() and (reason := wrong(layer)):
-            raise Unsupported(f"{describe(path, layer, options=True)}: {reason}")
+    refuse_wrong(path, layer, (_pads_with_zeros, _ignores_groups, _ignores_eps))
 
 
 def _pads_with_zeros(layer: nn.Module) -> str | None:

@@ -11,16 +11,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from backends.base import Backend, GradsFn, LossFn, Named, own_copy, register, trainable
+from backends.base import Backend, GradsFn, LossFn, Named, Wrong, own_copy, register, trainable
 from backends.batch import Batch, call, detached, size
 from backends.expanded import expanded, normalises_anew, trains_padding
 from backends.module_calls import collect, quiet_hooks, watcher
-from backends.opacus_hooks import HOOK_RULES, Rule, hooked_by_opacus, refuse_options, wrapped_by_opacus
+from backends.opacus_hooks import HOOK_RULES, hooked_by_opacus, refuse_options, wrapped_by_opacus
 from backends.probe import Hooked
 from backends.running import batch_gradient, kept_attributes, library_call
 from backends.verify import verify_rows
 
-RULES: dict[str, tuple[Rule, ...]] = {"hooks": HOOK_RULES, "functorch": (), "ew": (trains_padding, normalises_anew)}
+RULES: dict[str, tuple[Wrong, ...]] = {"hooks": HOOK_RULES, "functorch": (), "ew": (trains_padding, normalises_anew)}
 
 
 @register("opacus", requires={"opacus": "opacus"})

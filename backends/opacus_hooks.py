@@ -1,19 +1,16 @@
 """What Opacus' module hooks would get wrong, and how they are made to see what they would miss: no backend."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from backends.base import Unsupported, describe, first_line, guarded
+from backends.base import Unsupported, Wrong, describe, first_line, guarded, owns_trained, refuse_wrong
 from backends.expanded import trains_padding
 from backends.module_calls import pads_unlike_zeros
 from backends.probe import Hooked
 from backends.running import culprit
-
-Rule = Callable[[nn.Module], str | None]
-"""A layer -> why Opacus would be silently wrong on it, or None; the case that proves it stands beside it."""
 
 
 def wrapped_by_opacus(model: nn.Module, hooked: Sequence[Hooked], **options: Any) -> Any:  # noqa: ANN401  no types there
@@ -45,7 +42,7 @@ def hooked_by_opacus(model: nn.Module, *, functorch: bool) -> list[Hooked]:
     from opacus.grad_sample import GradSampleModule
 
     def walk(module: nn.Module) -> Iterator[Hooked]:
-        owner = any(p.requires_grad for p in module.parameters(recurse=False))
+        owner = owns_trained(module)
         general = owner and type(module) not in GradSampleModule.GRAD_SAMPLERS
         if owner:
             yield Hooked(module, deep=general, reruns=general or functorch)
@@ -56,7 +53,7 @@ def hooked_by_opacus(model: nn.Module, *, functorch: bool) -> list[Hooked]:
     return list(walk(model))
 
 
-def refuse_options(model: nn.Module, rules: Sequence[Rule], *, buffers: bool = True, strides: bool = True) -> None:
+def refuse_options(model: nn.Module, rules: Sequence[Wrong], *, buffers: bool = True, strides: bool = True) -> None:
     """Refuse the layer options that Opacus does not look at, or does not support.
 
     Args:
@@ -66,13 +63,11 @@ def refuse_options(model: nn.Module, rules: Sequence[Rule], *, buffers: bool = T
         strides: Refuse inputs of Conv2d, once they come, whose strides Opacus' own rule would misread.
     """
     for path, module in model.named_modules():
-        if not any(p.requires_grad for p in module.parameters(recurse=False)):
+        if not owns_trained(module):
             continue
         if buffers and any(True for _ in module.buffers()):
             raise Unsupported(f"{describe(path, module)} has parameters and buffers, which Opacus does not support")
-        for wrong in rules if guarded() else ():
-            if reason := wrong(module):
-                raise Unsupported(f"{describe(path, module, options=True)}: {reason}")
+        refuse_wrong(path, module, rules)
         if guarded() and strides and type(module) is nn.Conv2d and module.weight.requires_grad:
             module.register_forward_pre_hook(partial(_refuse_strides, describe(path, module)))
 
@@ -124,5 +119,5 @@ def _refuse_hooked_twice(model: nn.Module, hooked: Sequence[Hooked]) -> None:
             raise Unsupported(f"{describe(path, module)} has several parents; Opacus would hook it once for each")
 
 
-HOOK_RULES: tuple[Rule, ...] = (_pads_with_zeros, trains_padding, _adds_equal_tokens_once)
+HOOK_RULES: tuple[Wrong, ...] = (_pads_with_zeros, trains_padding, _adds_equal_tokens_once)
 """What goes wrong where Opacus' hand-written rules are used."""

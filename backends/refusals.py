@@ -1,13 +1,17 @@
 """How a backend refuses: the exceptions, the switch that lets libraries have their way, and the words."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TypeAlias
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
+
+Wrong: TypeAlias = Callable[[nn.Module], str | None]
+"""A layer -> why a library would be silently wrong on it, or None; its docstring names the case that proves it."""
 
 
 class Unsupported(Exception):
@@ -38,6 +42,22 @@ def unguarded() -> Iterator[None]:
         yield
     finally:
         _GUARDED.reset(token)
+
+
+def owns_trained(module: nn.Module) -> bool:
+    """Return whether a module has parameters of its own that are trained."""
+    return any(p.requires_grad for p in module.parameters(recurse=False))
+
+
+def refuse_wrong(path: str, layer: nn.Module, rules: Iterable[Wrong]) -> None:
+    """Refuse a layer for the first of the rules that finds something, unless `unguarded`.
+
+    Raises:
+        Unsupported: One does.
+    """
+    for wrong in rules if guarded() else ():
+        if reason := wrong(layer):
+            raise Unsupported(f"{describe(path, layer, options=True)}: {reason}")
 
 
 def refuse_impure(model: nn.Module) -> None:

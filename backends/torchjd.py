@@ -24,6 +24,7 @@ from backends.base import (
     check_max_norm,
     clip_factors,
     own_copy,
+    owns_trained,
     register,
     trainable,
 )
@@ -126,7 +127,7 @@ def _hooked(model: nn.Module) -> list[Hooked]:
     """
 
     def walk(module: nn.Module) -> Iterator[nn.Module]:
-        if any(p.requires_grad for p in module.parameters(recurse=False)):
+        if owns_trained(module):
             yield module
         else:
             for child in module.children():
