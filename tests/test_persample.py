@@ -140,6 +140,19 @@ def test_both_ways_of_a_convolution_agree(name: str) -> None:
     assert chosen[f"{form.geometry()}, float64, {DEVICE.type}, 2 samples or more"] in ("by_patches", "grouped")
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (((1, 1), (0, 0), (1, 1)), ""),
+        (((2, 2), (1, 1), (1, 1)), ", stride 2×2, padding 1×1"),
+        (((1, 1), (0, 0), (1, 2)), ", dilation 1×2"),
+    ],
+)
+def test_a_geometry_names_what_is_unusual(options: tuple[tuple[int, int], ...], named: str) -> None:
+    form = Correlation(real(N, 1, 4, 9, 8), real(N, 1, 6, 5, 4), (6, 4, 3, 3), *options, groups=1)
+    assert form.geometry() == f"weight 6×4×3×3, input 1×4×9×8{named}"
+
+
 @pytest.mark.parametrize("kernel", [(3,), (2, 3), (1, 3, 2)])
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_a_product_for_each_place_of_the_kernel_agrees(kernel: tuple[int, ...], dilation: int) -> None:
