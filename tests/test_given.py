@@ -130,6 +130,23 @@ def test_a_buffer_that_is_bound_to_a_weight_or_an_input_changes_neither(backend:
 
 
 @pytest.mark.parametrize("backend", ["bookkeeping", "naive"])
+def test_a_buffer_that_a_pass_binds_anew_is_given_back(backend: str) -> None:
+    """Each sample, and each call, starts from the buffer that there was."""
+
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        s.scale = 2 * s.scale
+        return s.a(x) * s.scale  # type: ignore[no-any-return]
+
+    model = Functional(forward, a=linear(5, 4))
+    model.register_buffer("scale", torch.ones(()))
+    grads = get_backend(backend).grads(model.to(DEVICE, torch.float64), cross_entropy)
+    found = [grads(INPUTS, TARGETS)["a.weight"].sum(0) for _ in range(2)]
+    (truth,) = torch.autograd.grad(cross_entropy(model(INPUTS), TARGETS).sum(), model.a.weight)
+    for each in found:
+        assert_close(each, truth)
+
+
+@pytest.mark.parametrize("backend", ["bookkeeping", "naive"])
 def test_a_cache_may_grow(backend: str) -> None:
     def forward(s: nn.Module, x: Tensor) -> Tensor:
         if x.shape[1] > len(s.cache):
