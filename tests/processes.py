@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,37 @@ device: cpu
 """
 
 
-def start(*arguments: object, **environment: str) -> Any:
-    """Start the command line in a process group of its own, its output piped."""
+@contextmanager
+def program(command: Sequence[str], **options: Any) -> Iterator[Any]:
+    """Start a program, its output piped. A block that fails, or takes too long, leaves nothing of it running."""
+    settings: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    process = subprocess.Popen(command, **settings)
+    watchdog = threading.Timer(LONG, kill, [process])  # whoever reads from it, or waits for it, goes on then
+    watchdog.start()
+    try:
+        with process:
+            try:
+                yield process
+            except BaseException:
+                kill(process)  # this `with` would wait for it
+                raise
+    finally:
+        watchdog.cancel()
+
+
+def start(*arguments: object, **environment: str) -> AbstractContextManager[Any]:
+    """Start the command line in a process group of its own."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, "-m", "testbed", *map(str, arguments), "--plugin", str(FAILING)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=variables, text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=-1
-    )
+    return program(command, cwd=ROOT, env=variables, start_new_session=True)
+
+
+def kill(process: Any) -> None:
+    """Kill a process and all that it has started."""
+    with suppress(psutil.NoSuchProcess):
+        for one in [*family(process), psutil.Process(process.pid)]:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
 
 
 def wait_for(process: Any, words: str) -> None:

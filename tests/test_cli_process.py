@@ -5,9 +5,9 @@ import os
 import pty
 import re
 import signal
-import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ import torch
 
 from testbed.records import read_records
 from tests.command_line import SMALL, Ended, message
+from tests.processes import ROOT, program, wait_for
 
-ROOT = Path(__file__).parent.parent
 FIELDS = """cell experiment problem backend options quantity status reason agreement diagnosis phases timing memory
     environment"""
 TIMING = {"median_s", "p5_s", "p95_s", "samples_s", "ratio", "ratio_ci", "verdict"}
@@ -37,22 +37,22 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is Linux'"
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in OF_THE_CALLER}
 
 
-def start(*arguments: object, **options: Any) -> Any:
-    """Start the command line as a process, its output piped."""
-    settings: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": ENVIRONMENT, **options}
+def start(*arguments: object, **options: Any) -> AbstractContextManager[Any]:
+    """Start the command line as a process."""
     command = [sys.executable, "-m", "testbed", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, text=True, **settings)
+    return program(command, **{"cwd": ROOT, "env": ENVIRONMENT, **options})
 
 
-def start_in_a_shell(streams: str, *arguments: object) -> Any:
+def start_in_a_shell(streams: str, *arguments: object) -> AbstractContextManager[Any]:
     """Start the command line by a shell that does something to its standard streams."""
     command = ["sh", "-c", f'exec "$@" {streams}', "sh", sys.executable, "-m", "testbed", *map(str, arguments)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=pipe, stderr=pipe, env=ENVIRONMENT)
+    return program(command, cwd=ROOT, env=ENVIRONMENT)
 
 
-def end(process: Any) -> Ended:
-    out, err = process.communicate(timeout=120)
+def end(started: AbstractContextManager[Any]) -> Ended:
+    """Wait until a process has ended, and return how."""
+    with started as process:
+        out, err = process.communicate()
     return Ended(process.returncode, out, err)
 
 
@@ -176,17 +176,12 @@ class TestProcess:
             wait_for(process, "grads: timing")
             process.send_signal(signal.SIGINT)
             since = time.monotonic()
-            code, out, err = end(process)
+            out, err = process.communicate()
         assert time.monotonic() - since < 10
-        assert (code, err) == (130, "")
+        assert (process.returncode, err) == (130, "")
         assert f"interrupted; what was measured is in {folder}\n" in out
         cells = [(r.backend, r.status) for r in read_records(folder / "results.jsonl")]
         assert cells == [("naive", "interrupted"), ("vmap", "interrupted")]
-
-
-def wait_for(process: Any, words: str) -> None:
-    """Read a process' progress up to the line with these words."""
-    assert any(words in line for line in process.stderr)
 
 
 def read_all(terminal: int) -> str:

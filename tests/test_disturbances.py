@@ -1,7 +1,6 @@
 """What disturbs a measurement is noticed; what a quiet machine does is not."""
 
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ import torch
 from testbed import nvml
 from testbed.disturbances import Clock, Watch, others, stolen, throttled
 from testbed.environment import device_name, environment
+from tests.processes import program
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_sentences(found: Iterator[str], sentences: list[str]) -> None:
 
 
 def test_another_program_is_noticed_and_our_own_is_not() -> None:
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+    with program([sys.executable, "-c", "while True: pass"]) as busy:
         alone, together = (Watch(torch.device("cpu"), pids) for pids in ([os.getpid()], [os.getpid(), busy.pid]))
         while psutil.Process(busy.pid).cpu_times().user < 0.5:  # on a busy machine it has to wait for its turn
             sum(i * i for i in range(10**6))

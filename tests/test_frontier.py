@@ -21,7 +21,7 @@ from testbed.config.experiment import Experiment
 from testbed.frontier import FINAL, PRECISION, Frontier, Try, plan, search
 from testbed.outcome import status_of
 from tests.cases import DEVICE
-from tests.processes import LONG, SMALL, family, gone, start, wait_for
+from tests.processes import SMALL, family, gone, start, wait_for
 
 sizes = st.integers(1, 10**6)
 
@@ -171,7 +171,7 @@ def begin(folder: Path, *options: object) -> Any:
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     folder = tmp_path_factory.mktemp("frontier")
     with begin(folder, "--start", 2, "--most", 2) as process:
-        out, err = process.communicate(timeout=LONG)
+        out, err = process.communicate()
     assert "Traceback" not in out + err
     lines = (folder / "run" / "frontier.jsonl").read_text(encoding="utf-8").splitlines()
     return Ran(process.returncode, out, [json.loads(line) for line in lines], folder / "run")
@@ -236,36 +236,48 @@ def test_ctrl_c_prints_what_was_found(tmp_path: Path, words: str) -> None:
         time.sleep(1)  # what forks the tries' processes imports PyTorch now, on CUDA the try's own does; or a try runs
         left = family(process)
         os.killpg(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=LONG)
+        out, err = process.communicate()
     assert (process.returncode, err) == (130, "")
     assert f"interrupted; what was found is in {tmp_path / 'run'}\n" in out
     assert any(line.startswith("ordinary step") and "interrupted" in line for line in out.splitlines())
     assert gone(left)
 
 
-STOPPED_IN_A_START = """
+STOPPED = """
 import multiprocessing, os, signal
 from multiprocessing.context import ForkServerProcess
+from testbed.processes import child
 
-started, start = [], ForkServerProcess._Popen
+calls = []
 
-def stopped(process):
-    started.append(process)
-    if len(started) == WHICH:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return start(process)
+def stopped(call, after):
+    def stopping(*arguments):
+        calls.append(call)
+        here = len(calls) == WHICH
+        if here and not after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        result = call(*arguments)
+        if here and after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+    return stopping
 
 if multiprocessing.parent_process() is None:
-    ForkServerProcess._Popen = staticmethod(stopped)
 """
+IN_A_START = "    ForkServerProcess._Popen = staticmethod(stopped(ForkServerProcess._Popen, after=False))"
+AFTER_A_START = "    child.Output = stopped(child.Output, after=True)"  # the child runs, and nobody has it yet
 
 
 @linux
-@pytest.mark.parametrize("which", [2, 4])  # the first waits for PyTorch, the second checks the problem
-def test_a_signal_in_the_middle_of_a_start_prints_what_was_found(tmp_path: Path, which: int) -> None:
-    (tmp_path / "stop.py").write_text(STOPPED_IN_A_START.replace("WHICH", str(which)), encoding="utf-8")
+@pytest.mark.parametrize(
+    ("moment", "which"),
+    [(IN_A_START, 2), (IN_A_START, 4), (AFTER_A_START, 1), (AFTER_A_START, 3)],
+    ids=["in the first start", "in a try's start", "after the first start", "after a try's start"],
+)
+def test_a_signal_in_the_moment_of_a_start_prints_what_was_found(tmp_path: Path, moment: str, which: int) -> None:
+    (tmp_path / "stop.py").write_text(STOPPED.replace("WHICH", str(which)) + moment, encoding="utf-8")
     with begin(tmp_path, "--plugin", tmp_path / "stop.py", "--device", "cpu", "--start", 2) as process:
-        out, err = process.communicate(timeout=LONG)
+        out, err = process.communicate()
     assert (process.returncode, "Traceback" in err) == (130, False)
     assert f"interrupted; what was found is in {tmp_path / 'run'}\n" in out
     assert any(line.startswith("ordinary step") and "interrupted" in line for line in out.splitlines())

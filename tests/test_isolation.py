@@ -21,7 +21,7 @@ from testbed.processes.child import Child, Isolation, on_device, starter
 from testbed.processes.host import Setup
 from testbed.processes.serving import limit_memory
 from testbed.records import Record
-from tests.processes import LONG, SMALL, family, gone, records, start
+from tests.processes import SMALL, family, gone, records, start
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals and limits are Linux'")
 
@@ -67,7 +67,7 @@ def run(folder: Path, text: str) -> Ran:
             if "agreement" in line:
                 left = family(process)
                 break
-        out, err = process.communicate(timeout=LONG)
+        out, err = process.communicate()
     assert "Traceback" not in out + err
     assert "Warning" not in out + err
     return Ran(process.returncode, out, {f"{r.label} {r.quantity}": r for r in records(folder / "run")}, left, folder)

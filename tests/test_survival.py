@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def stopped(folder: Path, stop: Callable[[Any], None]) -> Any:
             RunFolder.resume(folder / "run")
         left = family(process)
         stop(process)
-        out, err = process.communicate(timeout=LONG)
+        out, err = process.communicate()
     return process.returncode, out, err, left
 
 
@@ -90,7 +91,7 @@ def test_a_run_that_is_killed_is_resumed_where_it_was(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("testbed-*"))) == 1, "nobody could remove it"
 
     with start("--resume", tmp_path / "run", TMPDIR=str(tmp_path)) as process:
-        out, _ = process.communicate(timeout=LONG)
+        out, _ = process.communicate()
     after = (tmp_path / "run" / "results.jsonl").read_bytes()
     assert process.returncode == 0
     assert "resumed: 2 of 4 cells have their record" in out
@@ -259,6 +260,33 @@ def test_a_signal_waits_until_a_record_is_written() -> None:
     with pytest.raises(KeyboardInterrupt):
         write()
     assert done == ["written"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="no thread is sent a signal here")
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_comes_in_a_finalizer_is_heard_after_it(sent: signal.Signals) -> None:
+    class Finalized:
+        def __del__(self) -> None:
+            signal.raise_signal(sent)  # Python ignores what this raises
+
+    def finalize() -> None:
+        with stoppable():
+            Finalized()
+            time.sleep(LONG)
+
+    with pytest.raises(KeyboardInterrupt):
+        finalize()
+
+
+def test_an_interrupt_before_the_first_record_is_no_failure(
+    quick: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("testbed.commands.run.run_experiment", interrupted)
+    assert run(quick, str(quick / "e.yaml"), "--out", str(quick / "early")) == 130
+    assert capsys.readouterr().err.endswith("testbed: interrupted\n")
 
 
 def test_a_store_that_was_left_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

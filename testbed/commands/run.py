@@ -165,6 +165,8 @@ def _run(name: str, experiment: Experiment, options: argparse.Namespace, *, seve
             finished = {record.cell for record in kept}
             run_experiment(experiment, name, device, emit, shown, isolation, finished)
     except KeyboardInterrupt:
+        if not records:
+            raise
         interrupted = True
     except ProblemError as error:
         if not records:

@@ -5,6 +5,7 @@ The standard library's `multiprocessing` does the work. Pebble's process pool wa
 nor what it wrote.
 """
 
+import atexit
 import multiprocessing
 import os
 import pickle
@@ -113,6 +114,7 @@ class Child:
         try:
             with held_back():  # until it is in a group of its own, it would die of a Ctrl-C with many words
                 self._process.start()
+                _living.add(self)
         except KeyboardInterrupt:
             if self._process.pid is not None:  # it has begun
                 self._process.kill()  # nobody has it yet who would
@@ -185,6 +187,7 @@ class Child:
         self._process.join()
         self._pipe.close()
         self._output.close()
+        _living.discard(self)
 
     def _ask(self, step: str, *arguments: object) -> Any:  # noqa: ANN401  whatever the step returns
         self.settle()
@@ -232,6 +235,17 @@ class Child:
     def _with_limit(self, reason: str) -> str:
         limit, on_gpu = self._isolation.memory_gb, self._isolation.device.type == "cuda"
         return f"{reason} (limits.memory_gb: {limit:g})" if limit and ("CUDA" in reason) == on_gpu else reason
+
+
+_living: set[Child] = set()
+
+
+@atexit.register  # runs before what `multiprocessing`, imported earlier, has registered: that waits for every child
+def _leave_none() -> None:
+    """End the children that nobody closes: a Ctrl-C came between their start and whoever would have."""
+    for child in list(_living):
+        if child._process.is_alive():
+            child.kill()
 
 
 def _no_answer() -> NoReturn:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,12 +10,13 @@ from multiprocessing import resource_tracker
 from types import FrameType
 
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+AGAIN_S = 0.05  # until a finalizer that was interrupted is over
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
     """Let SIGTERM and SIGHUP end a run as Ctrl-C does: children are ended, and what was measured is kept."""
-    with _handling(_stop):
+    with _handling(_stop), _heard_in_finalizers():
         yield
 
 
@@ -34,6 +36,28 @@ def shielded() -> Iterator[None]:
 
 def _stop(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
+
+
+@contextmanager
+def _heard_in_finalizers() -> Iterator[None]:
+    """Send a signal again that came in a finalizer or a callback of the garbage collector: what they raise is lost."""
+    before, main, timers = sys.unraisablehook, threading.get_ident(), list[threading.Timer]()
+
+    def hook(lost: "sys.UnraisableHookArgs") -> None:
+        if lost.exc_type is KeyboardInterrupt and hasattr(signal, "pthread_kill"):
+            again = [main, signal.SIGTERM]  # a Ctrl-C may be ignored, as with `nohup`
+            timers.append(threading.Timer(AGAIN_S, signal.pthread_kill, again))
+            timers[-1].start()
+        else:
+            before(lost)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+        for timer in timers:
+            timer.cancel()
 
 
 @contextmanager
