@@ -43,6 +43,7 @@ from backends.refusals import first_line as first_line
 from backends.refusals import first_line_of as first_line_of
 from backends.refusals import guarded as guarded
 from backends.refusals import owns_trained as owns_trained
+from backends.refusals import place_of as place_of
 from backends.refusals import refuse_impure
 from backends.refusals import refuse_wrong as refuse_wrong
 from backends.refusals import unguarded as unguarded

@@ -1,8 +1,10 @@
 """How a backend refuses: the exceptions, the switch that lets libraries have their way, and the words."""
 
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
@@ -117,6 +119,12 @@ def describe(path: str, module: nn.Module, *, options: bool = False) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type's name when it has none."""
     return first_line_of(str(error)) or type(error).__name__
+
+
+def place_of(error: BaseException) -> str:
+    """Return where an error was raised: "file.py:12, in forward"."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno}, in {frame.name}"
 
 
 def first_line_of(text: str) -> str:

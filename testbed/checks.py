@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from backends.base import LossFn, Unsupported, first_line, own_copy
+from backends.base import LossFn, Unsupported, first_line, own_copy, place_of
 from backends.batch import Batch, call, size, take
 from backends.given import refuse_past_the_copy
 from backends.probe import spread
@@ -24,10 +24,15 @@ SUMS = 1e-6  # relative to all gradients: rounding is far below
 TOLERANCE = 1e-9  # float64 kernels may sum a batch of another length in another order; coupling is far above it
 
 
+class Misfit(Unsupported):
+    """Model, loss and batch do not fit together: one raises an error, or the loss returns no tensor."""
+
+
 def refuse_without_gradients(problem: Problem) -> None:
     """Refuse a problem whose samples have no gradients of their own.
 
     Raises:
+        Misfit: Model, loss and batch do not fit together.
         Unsupported: The loss is not one number a sample, or uses the model's parameters past what it is given; samples
             are coupled; the model is random; or a sample has another gradient alone than in a batch.
     """
@@ -128,18 +133,18 @@ def _losses(wide: Problem, model: nn.Module, inputs: Batch, targets: Tensor, see
             losses: object = wide.loss_fn(outputs, targets)
     if not isinstance(losses, Tensor):
         wanted = f"a tensor [{size(inputs)}]: one loss a sample"
-        raise Unsupported(f"the loss {_name(wide.loss_fn)} returned {a_thing(losses)}, not {wanted}")
+        raise Misfit(f"the loss {_name(wide.loss_fn)} returned {a_thing(losses)}, not {wanted}")
     return losses.detach()
 
 
 @contextmanager
 def _blaming(who: Callable[[Exception], str]) -> Iterator[None]:
-    """Turn an error into a refusal that says who raised it."""
+    """Say of an error who raised it."""
     try:
         yield
     except Exception as error:
-        what = f"{who(error)}: {type(error).__name__}: {first_line(error)}"
-        raise Unsupported(f"model, loss and batch do not fit together: {what}") from error
+        what = f"{who(error)}: {type(error).__name__}: {first_line(error)} ({place_of(error)})"
+        raise Misfit(f"model, loss and batch do not fit together: {what}") from error
 
 
 def _name(loss_fn: LossFn) -> str:

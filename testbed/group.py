@@ -196,7 +196,9 @@ class Group:
         """Emit the records of all cells that have none yet, with what is known of them."""
         for label in list(self.running):
             known = self.outcomes.get(label, Outcome())
-            self.outcomes[label] = replace(known, status=outcome.status, reason=outcome.reason)
+            self.outcomes[label] = replace(
+                known, status=outcome.status, reason=outcome.reason, traceback=outcome.traceback
+            )
             self.end(label)
 
     def timing(self, label: str, outcome: Outcome) -> dict[str, Any]:

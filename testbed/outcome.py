@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from backends.base import Unavailable, Unsupported, first_line, first_line_of
+from backends.base import Unavailable, Unsupported, first_line, first_line_of, place_of
 from backends.shortage import lack_of_memory
 from testbed.referee import Finding
 
@@ -56,9 +56,7 @@ def status_of(error: BaseException) -> tuple[str, str]:
         return "disagrees", first_line(error)
     if isinstance(error, Unavailable):
         return "unavailable", first_line(error)
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    file = frame.filename.rsplit("/", 1)[-1]
-    return "error", f"{type(error).__name__}: {first_line(error)} ({file}:{frame.lineno}, in {frame.name})"
+    return "error", f"{type(error).__name__}: {first_line(error)} ({place_of(error)})"
 
 
 @contextmanager

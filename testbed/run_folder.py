@@ -18,6 +18,7 @@ from testbed.records import FAILED, Record, RecordFile, read_records
 LIMITED = ("timeout", "oom")  # statuses that another limit may change
 LOCK = ".lock"
 RESULTS = "results.jsonl"
+ERRORS = "errors.log"
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class RunFolder:
         """
         RecordFile(self.path / "results.jsonl").append(record)
         if traceback:
-            with suppress(OSError), (self.path / "errors.log").open("a", encoding="utf-8") as file:
+            with suppress(OSError), (self.path / ERRORS).open("a", encoding="utf-8") as file:
                 file.write(f"{record.label}, {record.quantity}\n{traceback}\n")
 
 

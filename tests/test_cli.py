@@ -183,6 +183,18 @@ class TestRun:
         assert log.startswith("mine, grads\nTraceback")
         assert log.rstrip().endswith("RuntimeError: boom")
 
+    def test_a_model_that_fails_is_a_failure_and_its_traceback_is_kept(self, call: Any, small: Path) -> None:
+        @register_model("narrow")
+        def narrow(example: object) -> torch.nn.Module:
+            return torch.nn.Linear(4, 3)  # the inputs have five numbers
+
+        code, out, _ = call(small, "--set", "model=narrow", "--out", "run")
+        assert code == 3
+        assert [r.status for r in read_records(Path("run/results.jsonl"))] == ["error", "error"]
+        assert "\ntracebacks in run/errors.log\n" in out
+        log = Path("run/errors.log").read_text(encoding="utf-8")
+        assert log.count("RuntimeError: mat1 and mat2 shapes cannot be multiplied") == 2
+
     def test_fault_of_the_program_is_no_disagreement(
         self, call: Any, small: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -23,7 +23,7 @@ from testbed.records import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, 
 from testbed.report import Report
 from testbed.report.page import draw_page
 from testbed.report.titles import title
-from testbed.run_folder import RunFolder
+from testbed.run_folder import ERRORS, RunFolder
 
 RUN_EXAMPLES = """examples:
   python -m testbed experiments/mnist.yaml
@@ -176,6 +176,8 @@ def _run(name: str, experiment: Experiment, options: argparse.Namespace, *, seve
         records.sort(key=lambda record: wanted.index(record.cell))
     Report(records, experiment.published, experiment.size).print(Console())
     print(f"{'interrupted; what was measured is' if interrupted else 'records'} in {folder.path}")
+    if (folder.path / ERRORS).exists():
+        print(f"tracebacks in {folder.path / ERRORS}")
     draw_page(records, folder.path)
     if problem_error:
         raise problem_error

@@ -1,7 +1,6 @@
 """What a problem is, and how one is made from names and options."""
 
 import copy
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from backends.base import LossFn, first_line, full_copy
+from backends.base import LossFn, first_line, full_copy, place_of
 from backends.batch import Batch, apply, call, cast, size
 from testbed.problems.factories import Factories
 
@@ -185,10 +184,8 @@ def _blaming(what: str, options: Mapping[str, Any]) -> Iterator[None]:
     except (ProblemError, KeyboardInterrupt):
         raise
     except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}"
         shown = f" with {dict(options)}" if options else ""
-        raise ProblemError(f"{what}{shown}: {type(error).__name__}: {first_line(error)} ({place})") from error
+        raise ProblemError(f"{what}{shown}: {type(error).__name__}: {first_line(error)} ({place_of(error)})") from error
 
 
 def _train(model: nn.Module, loss_fn: LossFn, draw: Callable[[], Samples], steps: int) -> None:

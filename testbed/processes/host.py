@@ -14,7 +14,7 @@ from backends.shortage import lack_of_memory
 from testbed.agreement import Rule
 from testbed.attempt import Attempt, attempt
 from testbed.cell import Cell
-from testbed.checks import refuse_without_gradients
+from testbed.checks import Misfit, refuse_without_gradients
 from testbed.dropout import random_dropouts, with_masks
 from testbed.outcome import Outcome, status_of
 from testbed.problems import Problem, ProblemError
@@ -119,14 +119,17 @@ class Host:
 
         Raises:
             Unsupported: See `refuse_without_gradients`.
-            Failed: There is too little memory for it, which says nothing of the problem.
+            Failed: Model, loss and batch do not fit together; or memory is short, which says nothing of them.
         """
         try:
             refuse_without_gradients(self._made[0])
         except Exception as error:
-            if not lack_of_memory(error):
-                raise
-            raise Failed.of(error) from error
+            if lack_of_memory(error):
+                raise Failed.of(error) from error
+            if isinstance(error, Misfit):
+                details = "".join(traceback.format_exception(error.__cause__ or error))
+                raise Failed("error", str(error), details) from error
+            raise
 
     @nothing_kept()
     def begin(self, quantity: str, options: Mapping[str, Any]) -> None:
