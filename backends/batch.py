@@ -25,6 +25,8 @@ def size(batch: Batch) -> int:
     Raises:
         ValueError: The batch holds no tensor, something else than tensors, tensors of different lengths, or no sample.
     """
+    if isinstance(batch, Tensor) and batch.dim() > 0 and batch.shape[0] > 0:
+        return batch.shape[0]  # asked a dozen times a call
     found = tensors(batch) if isinstance(batch, Tensor | tuple | list | dict) else []
     if not found or not all(isinstance(t, Tensor) and t.dim() > 0 for t in found):
         of = f" of {', '.join(type(t).__name__ for t in found)}" if found and not isinstance(batch, Tensor) else ""

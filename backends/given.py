@@ -39,7 +39,7 @@ def checked(fn: Fn, model: nn.Module, loss_fn: LossFn) -> Fn:
     def run(inputs: Batch, targets: Tensor) -> Any:  # noqa: ANN401  as the function
         nonlocal first
         n = size(inputs)
-        if not isinstance(targets, Tensor) or targets.dim() == 0 or len(targets) != n:
+        if not isinstance(targets, Tensor) or targets.dim() == 0 or targets.shape[0] != n:
             found = list(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
             raise ValueError(f"targets are a tensor [N, ...] of as many as the inputs' {n} samples, found {found}")
         for t in (*tensors(inputs), targets):
