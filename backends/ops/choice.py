@@ -30,6 +30,7 @@ _RANKED: dict[tuple[str, torch.device], list[str]] = {}
 
 _KERNELS: Kernels = "none"  # no ContextVar: on CUDA, autograd runs the backward pass in a thread of its own
 _TRACING = False
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read once, as by Triton
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -78,7 +79,7 @@ def fastest_name(ways: Mapping[str, Callable[[], object]], what: str, samples: i
     dtype = "TF32" if precision.tf32_allowed(like) else str(like.dtype).removeprefix("torch.")
     key = f"{what}, {dtype}, {like.device.type}, {1 << samples.bit_length() - 1} samples or more"
     key += ", in a CUDA graph" if ahead() else ""  # where launches cost next to nothing
-    key += AMONG[_KERNELS] if _run_kernels(like.device) else ""
+    key += among if (among := AMONG[_KERNELS]) and _run_kernels(like.device) else ""
     known = [name for name in _RANKED.get((key, like.device), ()) if name in ways]
     if len(known) < len(ways):
         if capturing(like):  # warming up, outside of the capture, has chosen
@@ -160,7 +161,7 @@ def with_kernels(like: Tensor) -> bool:
 
 
 def _run_kernels(device: torch.device) -> bool:
-    return _compiles(device) if device.type == "cuda" else os.environ.get("TRITON_INTERPRET") == "1"
+    return _compiles(device) if device.type == "cuda" else _INTERPRETED
 
 
 @cache

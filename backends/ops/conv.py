@@ -12,7 +12,7 @@ from backends.ops.rules import Pieces, rule
 
 def images(x: Tensor, dimensions: int) -> Tensor:
     """Return [N, ..., C, *size] as [N, B, C, *size]."""
-    return x.reshape(len(x), -1, *x.shape[-dimensions - 1 :])
+    return x.reshape(x.shape[0], -1, *x.shape[-dimensions - 1 :])
 
 
 def each(value: int | Sequence[int], dimensions: int) -> tuple[int, ...]:

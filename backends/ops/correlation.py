@@ -51,7 +51,7 @@ class Correlation(PerSample):
     groups: int
 
     def __post_init__(self) -> None:
-        self.samples, self.like = len(self.y), self.y
+        self.samples, self.like = self.y.shape[0], self.y
 
     def rows(self, some: slice) -> Tensor:  # noqa: D102
         of = self.only(some)

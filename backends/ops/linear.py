@@ -82,7 +82,7 @@ class Scattered(PerSample):
     height: int
 
     def __post_init__(self) -> None:
-        self.samples, self.like = len(self.values), self.values
+        self.samples, self.like = self.values.shape[0], self.values
         self.shape = (self.height, self.values.shape[2])
 
     def held(self) -> int:  # noqa: D102
@@ -158,10 +158,10 @@ def embedding(
     sparse: bool = False,
 ) -> Pieces:
     """For y_t = W[x_t]; the row `padding_idx` gets no gradient."""
-    index, g = input.reshape(len(input), -1), vectors(g)
+    index, g = input.reshape(input.shape[0], -1), vectors(g)
     if padding_idx is not None:
         g = g.masked_fill((index == padding_idx % len(weight))[:, :, None], 0)  # NaN too
-    return {"weight": Scattered(index, g, len(weight))}
+    return {"weight": Scattered(index, g, weight.shape[0])}
 
 
 @rule(Tensor.__getitem__, covers=lambda a: _is_matrix(a) and _are_rows(a["input"]))

@@ -162,7 +162,7 @@ def outer(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     if not precision.tf32_allowed(left):
         ways["product"] = partial(torch.bmm, left.mT, right, out=out)
     kernels = {"kernel": partial(_outer_by_kernel, left, right, out)}
-    return fastest(ways, f"products {left.shape[2]}×{right.shape[2]}", len(left), left, kernels)
+    return fastest(ways, f"products {left.shape[2]}×{right.shape[2]}", left.shape[0], left, kernels)
 
 
 def _outer_by_kernel(left: Tensor, right: Tensor, out: Tensor | None) -> Tensor:
